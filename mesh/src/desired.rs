@@ -1,0 +1,147 @@
+//! What the kernel of this node should have: devices, peers, addresses, routes, sysctls
+//! and the guard. Typed, ordered and comparable, so that the difference from what is
+//! observed is a pure function.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use gambeson_keys::{Generation, PublicKey};
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::session::DeviceName;
+
+/// Marks a link as made by Gambeson (`ip link` shows it as `alias gambeson`).
+pub const LINK_ALIAS: &str = "gambeson";
+/// Routing protocol number that marks a route as made by Gambeson (`proto 151`).
+pub const ROUTE_PROTOCOL: u8 = 151;
+/// Metric of routes to a peer's pod CIDR.
+pub const PEER_ROUTE_METRIC: u32 = 1;
+/// Metric of the fail-closed `unreachable` routes: any other route wins over them.
+pub const FAIL_CLOSED_METRIC: u32 = u32::MAX;
+
+/// Everything this node's kernel should have of ours.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Desired {
+    /// Session devices that should exist. Other devices of ours should not.
+    pub devices: BTreeMap<DeviceName, WireGuardDevice>,
+    /// Routes of ours in the main table.
+    pub routes: BTreeMap<RouteKey, Route>,
+    /// Kernel settings below `/proc/sys`.
+    pub sysctls: BTreeMap<Sysctl, String>,
+    /// The fail-closed guard and masquerade rules.
+    pub ruleset: Ruleset,
+}
+
+/// Who implements WireGuard on this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Implementation {
+    /// A link of type `wireguard`.
+    Kernel,
+    /// A TUN device served by `gambeson tunnel` through the UAPI socket.
+    Userspace,
+}
+
+/// A WireGuard device for one session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WireGuardDevice {
+    /// Kernel or userspace.
+    pub implementation: Implementation,
+    /// Which of our keys the device holds. The private key itself never enters this crate.
+    pub generation: Generation,
+    /// The public key of that generation.
+    pub public_key: PublicKey,
+    /// UDP port, the same on both families.
+    pub listen_port: u16,
+    /// Inner MTU in bytes.
+    pub mtu: u32,
+    /// Addresses on the device: each pod CIDR's base address as /32 or /128.
+    pub addresses: BTreeSet<IpNet>,
+    /// Peers by their key.
+    pub peers: BTreeMap<PublicKey, WireGuardPeer>,
+}
+
+/// One peer on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WireGuardPeer {
+    /// Where we send. It may roam afterwards; see [`crate::plan`].
+    pub endpoint: SocketAddr,
+    /// The peer's pod CIDRs.
+    pub allowed_ips: BTreeSet<IpNet>,
+    /// Persistent keepalive in seconds.
+    pub persistent_keepalive: Option<u16>,
+}
+
+/// Identity of a route in the main table: the kernel allows one per destination and metric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct RouteKey {
+    /// Destination prefix.
+    pub destination: IpNet,
+    /// Priority; lower wins.
+    pub metric: u32,
+}
+
+/// The rest of a route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// Through which device, or nowhere.
+    pub next_hop: NextHop,
+    /// Route MTU in bytes, so that a too-large packet is answered on this node.
+    pub mtu: Option<u32>,
+    /// Preferred source address of packets that the node itself sends.
+    pub source: Option<IpAddr>,
+}
+
+/// Where a route leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NextHop {
+    /// Out of one of our devices, on link.
+    Device(DeviceName),
+    /// An ICMP unreachable to the sender: the fail-closed route.
+    Unreachable,
+}
+
+/// A kernel setting we own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Sysctl {
+    /// `net.ipv4.ip_forward`.
+    Ipv4Forward,
+    /// `net.ipv6.conf.all.forwarding`.
+    Ipv6Forward,
+    /// `net.ipv4.conf.<device>.rp_filter`: 2, because a pair's two directions may use two devices.
+    RpFilter(DeviceName),
+}
+
+impl Sysctl {
+    /// Path below `/proc/sys`.
+    pub fn path(self) -> String {
+        match self {
+            Self::Ipv4Forward => "net/ipv4/ip_forward".to_owned(),
+            Self::Ipv6Forward => "net/ipv6/conf/all/forwarding".to_owned(),
+            Self::RpFilter(device) => format!("net/ipv4/conf/{device}/rp_filter"),
+        }
+    }
+}
+
+/// Table `inet gambeson`, as data. Rendering it for nft is the agent's business.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ruleset {
+    /// The cluster networks: packets to or from them may only use `trusted_links`.
+    pub cluster_networks: BTreeSet<IpNet>,
+    /// Links on which cluster packets may travel in clear inside this node: our devices,
+    /// the pod bridge and lo.
+    pub trusted_links: BTreeSet<String>,
+    /// Masquerade what leaves the cluster networks (`--ip-masq`).
+    pub masquerade: bool,
+}
+
+impl Desired {
+    /// What this node should have: the guard, fail-closed routes and settings always, and
+    /// each peer through its transport.
+    pub fn new(mesh: &crate::topology::Mesh, local: &crate::node::Local) -> Self {
+        let mut desired = Self::default();
+        crate::transport::wireguard::desire(mesh, local, &mut desired);
+        desired
+    }
+}

@@ -1,0 +1,72 @@
+//! The same objects as in [`crate::desired`], as read back from the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use gambeson_keys::PublicKey;
+use ipnet::IpNet;
+
+use crate::desired::{Implementation, Route, RouteKey, Ruleset, Sysctl};
+use crate::session::DeviceName;
+
+/// What this node's kernel has under our names and marks.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Links named `gambeson0` to `gambeson3`, ours or not.
+    pub links: BTreeMap<DeviceName, ObservedLink>,
+    /// Routes in the main table that carry our protocol number.
+    pub routes: BTreeMap<RouteKey, Route>,
+    /// Values of the settings in [`Sysctl`], trimmed; absent where the file does not exist.
+    pub sysctls: BTreeMap<Sysctl, String>,
+    /// The ruleset in force, or `None` when table `inet gambeson` is missing or is not
+    /// exactly what was written last.
+    pub ruleset: Option<Ruleset>,
+}
+
+/// A link with one of our names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ObservedLink {
+    /// Whether it carries our alias. A foreign link is never touched.
+    pub ours: bool,
+    /// What kind it is, or `None` for a kind we never make.
+    pub implementation: Option<Implementation>,
+    /// Administratively up.
+    pub up: bool,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Addresses, without link-local ones.
+    pub addresses: BTreeSet<IpNet>,
+    /// Its WireGuard state, or `None` when it could not be read (a tunnel process that is gone).
+    pub wireguard: Option<ObservedWireGuard>,
+}
+
+/// WireGuard state of a link.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ObservedWireGuard {
+    /// Public key that belongs to the private key in the device.
+    pub public_key: Option<PublicKey>,
+    /// UDP port.
+    pub listen_port: u16,
+    /// Peers by key.
+    pub peers: BTreeMap<PublicKey, ObservedPeer>,
+}
+
+/// State of one peer on a device.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ObservedPeer {
+    /// Where packets go now; it follows authenticated packets.
+    pub endpoint: Option<SocketAddr>,
+    /// The endpoint this agent process wrote last, or `None` when it has not written one.
+    pub pinned_endpoint: Option<SocketAddr>,
+    /// Prefixes the peer owns on this device.
+    pub allowed_ips: BTreeSet<IpNet>,
+    /// Persistent keepalive in seconds.
+    pub persistent_keepalive: Option<u16>,
+    /// Time since the last completed handshake, or `None` when there was none.
+    pub handshake_age: Option<Duration>,
+    /// Bytes received, after decryption headers as the kernel counts them.
+    pub rx_bytes: u64,
+    /// Bytes sent.
+    pub tx_bytes: u64,
+}

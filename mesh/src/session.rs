@@ -1,0 +1,74 @@
+//! Which device carries the session between one of our keys and one of a peer's.
+//!
+//! Allowed IPs belong to one peer per device, so two keys of one peer can only be
+//! configured at once on two devices. The session between our generation `i` and the
+//! peer's `j` lives on device `gambeson<s>` with `s = 2*(i % 2) + (j % 2)`, listening on
+//! UDP port `base + 2*s`. Even offsets leave 51821 to Flannel's IPv6 device.
+
+use std::fmt;
+
+use gambeson_keys::Generation;
+use serde::{Deserialize, Serialize};
+
+/// Number of session devices a node can have.
+pub const SESSIONS: u8 = 4;
+
+/// One of the four session devices of a node, by the parities of both key generations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Session(u8);
+
+impl Session {
+    /// The session between our generation and a peer's, seen from our side.
+    pub fn between(own: Generation, peer: Generation) -> Self {
+        Self(2 * own.parity() + peer.parity())
+    }
+
+    /// All sessions a node can have, in order.
+    pub fn all() -> impl Iterator<Item = Session> {
+        (0..SESSIONS).map(Session)
+    }
+
+    /// The same session seen from the peer's side.
+    pub fn reversed(self) -> Self {
+        Self(2 * (self.0 % 2) + self.0 / 2)
+    }
+
+    /// Name of the device that carries this session, `gambeson0` to `gambeson3`.
+    pub fn device(self) -> DeviceName {
+        DeviceName(self)
+    }
+
+    /// UDP port of this session on a node whose base port is `base`, or `None` past 65535.
+    pub fn port(self, base: u16) -> Option<u16> {
+        base.checked_add(2 * u16::from(self.0))
+    }
+}
+
+/// Name of one of our network devices. There are only four, so no string can be wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(into = "String")]
+pub struct DeviceName(Session);
+
+impl DeviceName {
+    /// The device as the kernel names it.
+    pub fn as_str(self) -> &'static str {
+        ["gambeson0", "gambeson1", "gambeson2", "gambeson3"][usize::from(self.0.0 % SESSIONS)]
+    }
+
+    /// The device with this name, if it is one of ours by name.
+    pub fn parse(name: &str) -> Option<Self> {
+        Session::all().map(Session::device).find(|d| d.as_str() == name)
+    }
+}
+
+impl From<DeviceName> for String {
+    fn from(name: DeviceName) -> Self {
+        name.as_str().to_owned()
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}

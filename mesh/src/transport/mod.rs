@@ -1,0 +1,3 @@
+//! A transport is one pure file: `Mesh -> Desired`.
+
+pub mod wireguard;

@@ -1,0 +1,9 @@
+use super::Failure;
+
+/// Placeholder for lab.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {}
+
+pub(super) fn run(_args: Args) -> Result<(), Failure> {
+    Ok(())
+}

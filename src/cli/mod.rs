@@ -1,0 +1,53 @@
+//! The command line: one file per subcommand, exit codes typed.
+
+mod agent;
+mod cni;
+mod exit;
+mod install_cni;
+mod lab;
+mod status;
+mod tunnel;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use exit::{Exit, Failure};
+
+/// A WireGuard-first encrypted mesh overlay for Kubernetes.
+#[derive(Debug, Parser)]
+#[command(name = "gambeson", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Agent(agent::Args),
+    Tunnel(tunnel::Args),
+    Cni(cni::Args),
+    InstallCni(install_cni::Args),
+    Lab(lab::Args),
+    Status(status::Args),
+}
+
+/// Runs the command line of this process. By the file names `gambeson-cni` and `flannel` the
+/// binary is the CNI plugin.
+pub fn main() -> ExitCode {
+    if cni::invoked_as_plugin() {
+        return cni::run(&cni::Args {});
+    }
+    let result = match Cli::parse().command {
+        Command::Agent(args) => agent::run(args),
+        Command::Tunnel(args) => tunnel::run(args),
+        Command::Cni(args) => return cni::run(&args),
+        Command::InstallCni(args) => install_cni::run(args),
+        Command::Lab(args) => lab::run(args),
+        Command::Status(args) => status::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

@@ -1,0 +1,18 @@
+//! `Node objects -> Mesh -> Desired -> Plan(observed) -> apply -> observe again`
+//!
+//! The agent, command line, CNI plugin and lab of Gambeson, a WireGuard-first encrypted
+//! mesh overlay for Kubernetes. The decisions live in `gambeson_mesh`, keys in
+//! `gambeson_keys`, the userspace WireGuard device in `gambeson_tunnel`; this crate does
+//! the I/O between them, the cluster and the kernel.
+
+pub mod agent;
+pub mod apply;
+pub mod cli;
+pub mod cluster;
+pub mod cni;
+pub mod config;
+pub mod http;
+pub mod lab;
+pub mod status;
+pub mod subnet_env;
+pub mod underlay;

@@ -1,0 +1,7 @@
+//! The `gambeson` binary; see the library for everything.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    gambeson::cli::main()
+}

@@ -1,0 +1,1 @@
+//! Integration tests: real namespaces, TUN devices, nft, CNI plugins and `wg`.
