@@ -1,11 +1,23 @@
-//! `/dev/urandom -> PrivateKey -> KeyStore (disk) -> PublicKey -> annotation`.
+//! `OS randomness -> PrivateKey -> KeyStore (disk) -> KeyRing -> PublicKey -> annotation`.
 //!
 //! The only crate that touches private keys. Without the feature `private` it holds the
 //! public value types alone.
 #![forbid(unsafe_code)]
 
 mod generation;
+#[cfg(feature = "private")]
+mod key;
 mod public;
+#[cfg(feature = "private")]
+mod ring;
+#[cfg(feature = "private")]
+mod store;
 
 pub use generation::Generation;
+#[cfg(feature = "private")]
+pub use key::PrivateKey;
 pub use public::{PublicKey, PublicKeyError};
+#[cfg(feature = "private")]
+pub use ring::KeyRing;
+#[cfg(feature = "private")]
+pub use store::{KeyStore, KeyStoreError};
