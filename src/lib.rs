@@ -11,6 +11,7 @@ pub mod cli;
 pub mod cluster;
 pub mod cni;
 pub mod config;
+mod files;
 pub mod http;
 pub mod lab;
 pub mod status;

@@ -1,9 +1,48 @@
+use std::path::{Path, PathBuf};
+
 use super::Failure;
+use crate::cni::install::{self, FlannelName};
 
-/// Placeholder for install_cni.
+/// Install the CNI plugin and its configuration on this node.
+///
+/// The running program is copied as gambeson-cni, and the name flannel is linked to it unless
+/// another program has that name. Files change in one step: a container runtime sees the old
+/// one or the new one. The agent writes the same configuration itself, once the network of the
+/// node is in place; --binary-only leaves that to it.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {}
+#[command(after_long_help = "Examples:
+  gambeson install-cni
+  gambeson install-cni --binary-only --cni-bin-dir /host/opt/cni/bin")]
+pub(super) struct Args {
+    /// Folder for the plugin
+    #[arg(long, value_name = "DIR", env = "CNI_BIN_DIR", default_value = install::DEFAULT_BIN_DIR)]
+    cni_bin_dir: PathBuf,
 
-pub(super) fn run(_args: Args) -> Result<(), Failure> {
+    /// Folder for the configuration
+    #[arg(long, value_name = "DIR", env = "CNI_CONF_DIR", default_value = install::DEFAULT_CONF_DIR)]
+    cni_conf_dir: PathBuf,
+
+    /// Install the plugin but not its configuration
+    #[arg(long)]
+    binary_only: bool,
+}
+
+pub(super) fn run(args: Args) -> Result<(), Failure> {
+    let bin_dir = &args.cni_bin_dir;
+    // The name of the program may be gone or replaced by now; this is what is running.
+    let flannel = install::write_binaries(Path::new("/proc/self/exe"), bin_dir)?;
+    println!("installed {}", bin_dir.join(install::PLUGIN_NAME).display());
+    let link = bin_dir.join(install::FLANNEL_NAME);
+    match flannel {
+        FlannelName::Ours => println!("linked {} to it", link.display()),
+        FlannelName::Foreign => println!("left {} alone: it is another program", link.display()),
+    }
+    if !args.binary_only {
+        let path = args.cni_conf_dir.join(install::CONFLIST_NAME);
+        match install::write_conflist(&args.cni_conf_dir)? {
+            true => println!("wrote {}", path.display()),
+            false => println!("{} is up to date", path.display()),
+        }
+    }
     Ok(())
 }
