@@ -6,6 +6,9 @@
 #![forbid(unsafe_code)]
 
 pub mod desired;
+#[cfg(test)]
+mod fixtures;
+pub mod health;
 pub mod node;
 pub mod observed;
 pub mod plan;

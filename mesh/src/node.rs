@@ -3,6 +3,7 @@
 //! Annotations are hostile input. Whatever is wrong with a Node refuses that Node alone.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use gambeson_keys::{Generation, PublicKey};
@@ -10,11 +11,26 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::NodeName;
+use crate::session::SESSIONS;
+
+pub mod annotation;
+mod parse;
+#[cfg(test)]
+mod tests;
+
+pub use parse::pod_cidrs;
+pub(crate) use parse::{LARGEST_MTU, overlap, persistent_keepalive};
 
 /// Default prefix of the annotations that agents write.
 pub const DEFAULT_PREFIX: &str = "gambeson.io";
 /// Default base UDP port.
 pub const DEFAULT_PORT: u16 = 51820;
+/// Largest base UDP port: the last session uses `base + 6`.
+pub const MAX_PORT: u16 = u16::MAX - 2 * (SESSIONS as u16 - 1);
+/// Bytes that WireGuard over IPv4 adds to a packet: 20 IP, 8 UDP, 32 WireGuard.
+const OVERHEAD_V4: u32 = 60;
+/// Bytes that WireGuard over IPv6 adds to a packet.
+const OVERHEAD_V6: u32 = 80;
 
 /// The parts of a Node object that matter here, unparsed. All that the agent keeps of a Node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -109,6 +125,65 @@ pub struct Node {
     pub mtu: Option<u32>,
     /// Persistent keepalive in seconds, when an operator set one.
     pub persistent_keepalive: Option<u16>,
+}
+
+impl Transport {
+    /// The name in the annotation.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Wireguard => "wireguard",
+            Self::HostGw => "host-gw",
+            Self::Vxlan => "vxlan",
+        }
+    }
+
+    /// The transport with this name.
+    pub fn parse(name: &str) -> Option<Self> {
+        [Self::Wireguard, Self::HostGw, Self::Vxlan].into_iter().find(|t| t.as_str() == name)
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl Local {
+    /// The generation in use and its public key, once there is a key.
+    pub fn current_key(&self) -> Option<(Generation, PublicKey)> {
+        self.keys.first_key_value().map(|(generation, key)| (*generation, *key))
+    }
+
+    /// MTU inside the tunnel in bytes: what is left of the underlay's after WireGuard over
+    /// the larger of the IP headers in use.
+    pub fn inner_mtu(&self) -> u32 {
+        let overhead = if self.endpoints.v6.is_some() { OVERHEAD_V6 } else { OVERHEAD_V4 };
+        self.underlay_mtu.saturating_sub(overhead)
+    }
+
+    /// What this node publishes, keyed without the prefix; `None` means that the annotation
+    /// must not be there. All of it belongs in one patch, so that no reader sees half.
+    pub fn annotations(&self) -> BTreeMap<String, Option<String>> {
+        let current = self.current_key();
+        let next = current
+            .and_then(|(generation, _)| generation.next())
+            .and_then(|generation| self.keys.get(&generation));
+        let transports: Vec<&str> = self.transports.iter().map(|t| t.as_str()).collect();
+        [
+            (annotation::PUBLIC_KEY, current.map(|(_, key)| key.to_string())),
+            (annotation::KEY_GENERATION, current.map(|(generation, _)| generation.to_string())),
+            (annotation::NEXT_PUBLIC_KEY, next.map(PublicKey::to_string)),
+            (annotation::ENDPOINT, self.endpoints.v4.map(|address| address.to_string())),
+            (annotation::ENDPOINT_V6, self.endpoints.v6.map(|address| address.to_string())),
+            (annotation::PORT, Some(self.port.to_string())),
+            (annotation::TRANSPORTS, Some(transports.join(","))),
+            (annotation::MTU, Some(self.inner_mtu().to_string())),
+        ]
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
+    }
 }
 
 impl Endpoints {

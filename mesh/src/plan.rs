@@ -1,4 +1,14 @@
 //! Desired and observed state to ordered actions: guard first, add before delete.
+//!
+//! ```text
+//! guard -> settings -> fail-closed routes            nothing can leave in clear from here on
+//! -> links -> keys, ports, peers -> addresses -> up -> rp_filter -> routes
+//! -> delete routes -> delete peers -> delete addresses -> delete links
+//! ```
+//!
+//! A link that must become another kind, or whose tunnel process is gone, is deleted right
+//! before it is added again: two links cannot share a name. The fail-closed routes hold
+//! its packets back meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -6,8 +16,14 @@ use std::net::SocketAddr;
 use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
-use crate::desired::{Implementation, Route, RouteKey, Ruleset, Sysctl};
+use crate::desired::{Desired, Implementation, Route, RouteKey, Ruleset, Sysctl};
+use crate::observed::Observed;
 use crate::session::DeviceName;
+
+mod diff;
+#[cfg(test)]
+mod tests;
+mod wireguard;
 
 /// Ordered actions. Applying all of them makes the next plan empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -65,21 +81,38 @@ pub struct WireGuardChange {
 pub struct PeerChange {
     /// New endpoint.
     pub endpoint: Option<SocketAddr>,
-    /// The full set of prefixes, when it changes. Prefixes only added or moved here from
-    /// another peer of the device need no replacement.
+    /// The full set of prefixes, when it changes. Giving a prefix to a peer takes it from
+    /// any other peer of the device.
     pub allowed_ips: Option<BTreeSet<IpNet>>,
+    /// Whether the peer must first lose the prefixes it has. When they only grow it must not,
+    /// because taking them away and giving them back loses packets in between.
+    pub replace_allowed_ips: bool,
     /// New keepalive in seconds; 0 turns it off.
     pub persistent_keepalive: Option<u16>,
 }
 
 impl Plan {
     /// What must change for `observed` to become `desired`.
-    pub fn new(_desired: &crate::desired::Desired, _observed: &crate::observed::Observed) -> Self {
-        Self::default()
+    pub fn new(desired: &Desired, observed: &Observed) -> Self {
+        diff::plan(desired, observed)
     }
 
     /// Whether nothing is left to do.
     pub fn is_empty(&self) -> bool {
         self.actions.is_empty()
+    }
+}
+
+impl WireGuardChange {
+    /// Whether nothing changes.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl PeerChange {
+    /// Whether nothing changes. A peer that is to be added without any change is still named.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
     }
 }

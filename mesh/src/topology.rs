@@ -1,9 +1,22 @@
 //! `{NodeRecord} + Local -> Mesh`: which peers are usable, and why the others are not.
+//!
+//! Two Nodes may publish the same endpoint and port. An endpoint is only a hint where to
+//! send: the key decides who can read, and a node that leaves its address to a successor
+//! must not keep the successor out for as long as its Node object lingers.
 
 use std::collections::BTreeMap;
 
 use crate::NodeName;
-use crate::node::{Local, Node, NodeRecord};
+use crate::node::{Local, Node, NodeRecord, persistent_keepalive};
+
+mod claims;
+mod refusal;
+#[cfg(test)]
+mod tests;
+
+use claims::Claims;
+pub use refusal::Refusal;
+pub(crate) use refusal::excerpt;
 
 /// The peers of this node, and the Nodes it refuses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -11,14 +24,46 @@ pub struct Mesh {
     /// Usable peers, this node excepted.
     pub peers: BTreeMap<NodeName, Node>,
     /// Nodes with something wrong. A peer that was good before stays in `peers` with its
-    /// last good state.
+    /// last good state, unless the pair has no way to talk.
     pub refused: BTreeMap<NodeName, Refusal>,
+    /// Seconds between keepalives that an operator set on this node's own Node.
+    pub persistent_keepalive: Option<u16>,
 }
 
-/// Why a Node, or its newest state, is not used.
+/// Why a complete set of Nodes cannot be true, so that the former one is kept.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("placeholder")]
-pub struct Refusal;
+pub enum Implausible {
+    /// A list without any Node, while this agent runs on one.
+    #[error("the API server listed no Node at all; keeping the peers as they are")]
+    Empty,
+    /// A list without this node.
+    #[error(
+        "the API server's list lacks this node, {name}; keeping the peers as they are \
+         (if the Node was deleted, restart its kubelet to register it again)"
+    )]
+    OwnNodeMissing {
+        /// This node.
+        name: NodeName,
+    },
+}
+
+/// Whether a complete set of Nodes can be believed. An agent that runs on a Node knows of at
+/// least one, and acting on less would take the whole mesh down.
+///
+/// # Errors
+/// What is wrong; the caller keeps the records it had.
+pub fn plausible(
+    records: &BTreeMap<NodeName, NodeRecord>,
+    own_name: &str,
+) -> Result<(), Implausible> {
+    if records.is_empty() {
+        Err(Implausible::Empty)
+    } else if !records.contains_key(own_name) {
+        Err(Implausible::OwnNodeMissing { name: own_name.to_owned() })
+    } else {
+        Ok(())
+    }
+}
 
 /// Remembers the last good state of every peer, so that a Node that turns bad keeps working
 /// as it was and an incumbent cannot be pushed out by a claimant.
@@ -33,8 +78,127 @@ impl Topology {
         Self::default()
     }
 
-    /// Resolves the complete set of Nodes. Nodes that are missing are forgotten.
-    pub fn resolve(&mut self, _local: &Local, _records: &BTreeMap<NodeName, NodeRecord>) -> Mesh {
-        Mesh { peers: self.incumbents.clone(), refused: BTreeMap::new() }
+    /// Resolves the complete set of Nodes. Nodes that are missing, or that were made again
+    /// under another UID, are forgotten.
+    ///
+    /// Incumbents are served first. Between Nodes that were not known before, the one made
+    /// first wins, then the one whose name sorts first.
+    pub fn resolve(&mut self, local: &Local, records: &BTreeMap<NodeName, NodeRecord>) -> Mesh {
+        let mut mesh = Mesh::default();
+        let mut resolution = self.keep(local, records);
+        let (mut known, mut unknown) = (Vec::new(), Vec::new());
+        for (name, record) in records {
+            if *name == local.name {
+                match persistent_keepalive(record) {
+                    Ok(seconds) => mesh.persistent_keepalive = seconds,
+                    Err(refusal) => _ = mesh.refused.insert(name.clone(), refusal),
+                }
+                continue;
+            }
+            match resolution.candidate(name, record) {
+                Ok(node) if resolution.accepted.contains_key(name) => known.push((name, node)),
+                Ok(node) => unknown.push((name, node)),
+                Err(refusal) => _ = mesh.refused.insert(name.clone(), refusal),
+            }
+        }
+        unknown.sort_by_key(|(name, node)| (node.created, *name));
+        mesh.refused.extend(resolution.settle(known));
+        mesh.refused.extend(resolution.settle(unknown));
+
+        self.incumbents = resolution.accepted;
+        for (name, node) in &self.incumbents {
+            match unreachable(local, node) {
+                None => _ = mesh.peers.insert(name.clone(), node.clone()),
+                Some(refusal) => _ = mesh.refused.entry(name.clone()).or_insert(refusal),
+            }
+        }
+        mesh
     }
+
+    /// The incumbents that are still there and do not claim what this node itself has.
+    fn keep<'a>(
+        &mut self,
+        local: &'a Local,
+        records: &BTreeMap<NodeName, NodeRecord>,
+    ) -> Resolution<'a> {
+        let mut claims = Claims::new(local);
+        let mut accepted = BTreeMap::new();
+        for (name, node) in std::mem::take(&mut self.incumbents) {
+            let same = records.get(&name).is_some_and(|record| record.uid == node.uid);
+            if same && name != local.name && claims.claim(&name, &node).is_ok() {
+                accepted.insert(name, node);
+            }
+        }
+        Resolution { local, claims, accepted }
+    }
+}
+
+/// One resolution under way.
+struct Resolution<'a> {
+    local: &'a Local,
+    claims: Claims<'a>,
+    accepted: BTreeMap<NodeName, Node>,
+}
+
+impl Resolution<'_> {
+    /// The newest state of a Node, as far as it can be judged alone.
+    fn candidate(&self, name: &NodeName, record: &NodeRecord) -> Result<Node, Refusal> {
+        let incumbent = self.accepted.get(name);
+        let node = match (Node::parse(record, self.local), incumbent) {
+            (Err(Refusal::NoKey), Some(_)) => return Err(Refusal::KeyGone),
+            (parsed, _) => parsed?,
+        };
+        match incumbent {
+            Some(known) if node.generation < known.generation => {
+                Err(Refusal::GenerationBack { published: node.generation, known: known.generation })
+            }
+            _ => Ok(node),
+        }
+    }
+
+    /// Accepts every candidate whose claims are free, and again while that frees something
+    /// for another: one Node may hand a subnet to the next in the same set.
+    fn settle(&mut self, mut candidates: Vec<(&NodeName, Node)>) -> BTreeMap<NodeName, Refusal> {
+        loop {
+            let (mut refused, mut waiting) = (BTreeMap::new(), Vec::new());
+            let before = candidates.len();
+            for (name, node) in candidates {
+                match self.replace(name, &node) {
+                    Ok(()) => _ = self.accepted.insert(name.clone(), node),
+                    Err(refusal) => {
+                        refused.insert(name.clone(), refusal);
+                        waiting.push((name, node));
+                    }
+                }
+            }
+            if waiting.is_empty() || waiting.len() == before {
+                return refused;
+            }
+            candidates = waiting;
+        }
+    }
+
+    /// Gives a node its new claims in place of those it held, which it keeps on refusal.
+    fn replace(&mut self, name: &NodeName, node: &Node) -> Result<(), Refusal> {
+        let Some(held) = self.accepted.get(name) else { return self.claims.claim(name, node) };
+        self.claims.release(held);
+        self.claims.claim(name, node).inspect_err(|_| {
+            // What was just released is free, so that this cannot fail.
+            let _ = self.claims.claim(name, held);
+        })
+    }
+}
+
+fn unreachable(local: &Local, node: &Node) -> Option<Refusal> {
+    if local.transports.is_disjoint(&node.transports) {
+        return Some(Refusal::no_common_transport(&node.transports, &local.transports));
+    }
+    if node.endpoints.reachable_from(local.endpoints).is_none() {
+        let family = |v4: bool| if v4 { "IPv4" } else { "IPv6" };
+        return Some(Refusal::NoCommonFamily {
+            theirs: family(node.endpoints.v4.is_some()),
+            ours: family(local.endpoints.v4.is_some()),
+        });
+    }
+    None
 }

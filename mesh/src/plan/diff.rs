@@ -1,0 +1,217 @@
+//! `Desired - Observed -> ordered actions`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Action, Plan, wireguard};
+use crate::desired::{Desired, Implementation, NextHop, Sysctl, WireGuardDevice};
+use crate::observed::{Observed, ObservedLink, ObservedWireGuard};
+use crate::session::DeviceName;
+
+pub(super) fn plan(desired: &Desired, observed: &Observed) -> Plan {
+    let difference = Difference::new(desired, observed);
+    let mut actions = Vec::new();
+    difference.guard(&mut actions);
+    difference.links(&mut actions);
+    difference.wireguard(&mut actions);
+    difference.addresses(&mut actions);
+    difference.device_settings(&mut actions);
+    difference.routes(&mut actions);
+    difference.deletions(&mut actions);
+    Plan { actions, foreign: difference.foreign }
+}
+
+struct Difference<'a> {
+    desired: &'a Desired,
+    observed: &'a Observed,
+    /// Desired devices, less those whose name somebody else has.
+    devices: BTreeMap<DeviceName, &'a WireGuardDevice>,
+    /// Links of ours that stay.
+    kept: BTreeMap<DeviceName, &'a ObservedLink>,
+    /// Links of ours that are deleted and made again.
+    remade: BTreeSet<DeviceName>,
+    /// Links of ours that are no longer wanted.
+    surplus: BTreeSet<DeviceName>,
+    foreign: BTreeSet<DeviceName>,
+}
+
+impl<'a> Difference<'a> {
+    fn new(desired: &'a Desired, observed: &'a Observed) -> Self {
+        let mut difference = Self {
+            desired,
+            observed,
+            devices: desired.devices.iter().map(|(name, device)| (*name, device)).collect(),
+            kept: BTreeMap::new(),
+            remade: BTreeSet::new(),
+            surplus: BTreeSet::new(),
+            foreign: BTreeSet::new(),
+        };
+        for (name, link) in &observed.links {
+            let wanted = desired.devices.get(name);
+            match (is_ours(link), wanted) {
+                (false, None) => {}
+                (false, Some(_)) => {
+                    difference.foreign.insert(*name);
+                    difference.devices.remove(name);
+                }
+                (true, None) => _ = difference.surplus.insert(*name),
+                (true, Some(device)) if must_be_remade(device, link) => {
+                    difference.remade.insert(*name);
+                }
+                (true, Some(_)) => _ = difference.kept.insert(*name, link),
+            }
+        }
+        difference
+    }
+
+    /// The guard, node-wide settings and fail-closed routes.
+    fn guard(&self, actions: &mut Vec<Action>) {
+        if self.observed.ruleset.as_ref() != Some(&self.desired.ruleset) {
+            actions.push(Action::SetRuleset(self.desired.ruleset.clone()));
+        }
+        // Before any setting of a device: the kernel resets those when it turns forwarding on
+        // (Documentation/networking/ip-sysctl.rst, ip_forward).
+        for (sysctl, value) in &self.desired.sysctls {
+            let of_device = matches!(sysctl, Sysctl::RpFilter(_));
+            if !of_device && self.observed.sysctls.get(sysctl) != Some(value) {
+                actions.push(Action::SetSysctl(*sysctl, value.clone()));
+            }
+        }
+        for (key, route) in &self.desired.routes {
+            let fail_closed = route.next_hop == NextHop::Unreachable;
+            if fail_closed && self.observed.routes.get(key) != Some(route) {
+                actions.push(Action::PutRoute(*key, route.clone()));
+            }
+        }
+    }
+
+    fn links(&self, actions: &mut Vec<Action>) {
+        for (device, wanted) in &self.devices {
+            let (device, mtu) = (*device, wanted.mtu);
+            match self.kept.get(&device) {
+                Some(link) if link.mtu == mtu => {}
+                Some(_) => actions.push(Action::SetLinkMtu { device, mtu }),
+                None => {
+                    if self.remade.contains(&device) {
+                        actions.push(Action::DeleteLink(device));
+                    }
+                    let implementation = wanted.implementation;
+                    actions.push(Action::AddLink { device, implementation, mtu });
+                }
+            }
+        }
+    }
+
+    fn wireguard(&self, actions: &mut Vec<Action>) {
+        let mut changes: Vec<_> = self
+            .devices
+            .iter()
+            .map(|(name, device)| (*name, wireguard::additions(device, &self.state_of(*name))))
+            .filter(|(_, change)| !change.is_empty())
+            .collect();
+        // When the base port grows, a device's new port may still be the old one of the next
+        // device, so that the last goes first.
+        let grows = |(name, _): &(DeviceName, _)| {
+            let device = self.devices.get(name);
+            device.is_some_and(|device| device.listen_port > self.state_of(*name).listen_port)
+        };
+        if changes.iter().any(grows) {
+            changes.reverse();
+        }
+        let configure = |(device, change)| Action::ConfigureWireGuard { device, change };
+        actions.extend(changes.into_iter().map(configure));
+    }
+
+    fn addresses(&self, actions: &mut Vec<Action>) {
+        for (device, wanted) in &self.devices {
+            let device = *device;
+            let has = self.kept.get(&device).map(|link| &link.addresses);
+            let missing = |address: &&_| !has.is_some_and(|has| has.contains(address));
+            let add = |address: &_| Action::AddAddress { device, address: *address };
+            actions.extend(wanted.addresses.iter().filter(missing).map(add));
+        }
+        for device in self.devices.keys() {
+            if !self.kept.get(device).is_some_and(|link| link.up) {
+                actions.push(Action::SetLinkUp(*device));
+            }
+        }
+    }
+
+    fn device_settings(&self, actions: &mut Vec<Action>) {
+        for (sysctl, value) in &self.desired.sysctls {
+            let Sysctl::RpFilter(device) = sysctl else { continue };
+            let stays = self.kept.contains_key(device);
+            let is_set = stays && self.observed.sysctls.get(sysctl) == Some(value);
+            if self.devices.contains_key(device) && !is_set {
+                actions.push(Action::SetSysctl(*sysctl, value.clone()));
+            }
+        }
+    }
+
+    fn routes(&self, actions: &mut Vec<Action>) {
+        for (key, route) in &self.desired.routes {
+            let NextHop::Device(device) = route.next_hop else { continue };
+            // A link takes its routes with it when it is deleted.
+            let stays = self.kept.contains_key(&device);
+            let is_set = stays && self.observed.routes.get(key) == Some(route);
+            if self.devices.contains_key(&device) && !is_set {
+                actions.push(Action::PutRoute(*key, route.clone()));
+            }
+        }
+    }
+
+    fn deletions(&self, actions: &mut Vec<Action>) {
+        for (key, route) in &self.observed.routes {
+            if !self.is_wanted_route(key) && !self.is_flushed(route.next_hop) {
+                actions.push(Action::DeleteRoute(*key));
+            }
+        }
+        for (device, wanted) in &self.devices {
+            let change = wireguard::removals(wanted, &self.state_of(*device));
+            if !change.is_empty() {
+                actions.push(Action::ConfigureWireGuard { device: *device, change });
+            }
+        }
+        for (device, link) in &self.kept {
+            let wanted = self.devices.get(device).map(|device| &device.addresses);
+            for address in &link.addresses {
+                if !wanted.is_some_and(|wanted| wanted.contains(address)) {
+                    actions.push(Action::DeleteAddress { device: *device, address: *address });
+                }
+            }
+        }
+        actions.extend(self.surplus.iter().map(|device| Action::DeleteLink(*device)));
+    }
+
+    /// The WireGuard state that a device starts from: nothing, for one that is made anew or
+    /// whose state could not be read, for which everything is set again.
+    fn state_of(&self, device: DeviceName) -> ObservedWireGuard {
+        let link = self.kept.get(&device);
+        link.and_then(|link| link.wireguard.clone()).unwrap_or_default()
+    }
+
+    /// Desired, and not through a device that belongs to somebody else.
+    fn is_wanted_route(&self, key: &crate::desired::RouteKey) -> bool {
+        self.desired.routes.get(key).is_some_and(|route| match route.next_hop {
+            NextHop::Unreachable => true,
+            NextHop::Device(device) => self.devices.contains_key(&device),
+        })
+    }
+
+    /// Gone by now, because its link was deleted to be made again.
+    fn is_flushed(&self, next_hop: NextHop) -> bool {
+        matches!(next_hop, NextHop::Device(device) if self.remade.contains(&device))
+    }
+}
+
+/// A link is ours only when it has our mark and is of a kind we make.
+fn is_ours(link: &ObservedLink) -> bool {
+    link.ours && link.implementation.is_some()
+}
+
+/// Of the other kind, or a TUN device whose process is gone. A kernel link whose state could
+/// not be read is still there, and works: its state is set again in place.
+fn must_be_remade(wanted: &WireGuardDevice, link: &ObservedLink) -> bool {
+    let tunnel_is_gone =
+        link.wireguard.is_none() && link.implementation == Some(Implementation::Userspace);
+    link.implementation != Some(wanted.implementation) || tunnel_is_gone
+}
