@@ -1,1 +1,238 @@
-//! Placeholder: apply.
+//! `observe -> Observed`, `execute(Plan)`: the kernel of this node, without any topology.
+//!
+//! Nothing here decides. [`Kernel::observe`] reads what carries our names and marks,
+//! [`Kernel::execute`] does what a plan says, and [`Events`] tells when to look again. All of
+//! it acts in the network namespace of the calling process.
+
+mod error;
+mod events;
+mod link;
+mod netlink;
+mod nft;
+mod route;
+mod sysctl;
+mod wireguard;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use gambeson_keys::{KeyRing, PublicKey};
+use gambeson_mesh::desired::Implementation;
+use gambeson_mesh::observed::{Observed, ObservedLink, ObservedWireGuard};
+use gambeson_mesh::plan::{Action, Plan, WireGuardChange};
+use gambeson_mesh::session::{DeviceName, Session};
+
+pub use error::ApplyError;
+pub use events::Events;
+pub use nft::GuardDrops;
+
+use netlink::Netlink;
+
+/// This node's kernel: links, addresses, WireGuard, routes, settings and firewall.
+#[derive(Debug)]
+pub struct Kernel {
+    netlink: Netlink,
+    /// The `gambeson` program, for userspace devices.
+    program: PathBuf,
+    /// Endpoints as they were written last. Where a peer is now may differ: it roams.
+    pinned: BTreeMap<(DeviceName, PublicKey), SocketAddr>,
+    ruleset: Option<nft::Written>,
+}
+
+impl Kernel {
+    /// Opens the kernel of the calling thread's network namespace. Userspace devices are
+    /// served by this process's own program.
+    ///
+    /// # Errors
+    /// [`ApplyError::Connect`].
+    pub async fn connect() -> Result<Self, ApplyError> {
+        let program = std::env::current_exe().ok().filter(|path| path.exists());
+        // After an upgrade in place the path may be gone, but not the program.
+        Self::with_program(program.unwrap_or_else(|| PathBuf::from("/proc/self/exe"))).await
+    }
+
+    /// As [`Kernel::connect`], with another program to serve userspace devices: it is run as
+    /// `PROGRAM tunnel IFACE ...`.
+    ///
+    /// # Errors
+    /// [`ApplyError::Connect`].
+    pub async fn with_program(program: PathBuf) -> Result<Self, ApplyError> {
+        let netlink = Netlink::connect().map_err(|source| ApplyError::Connect { source })?;
+        Ok(Self { netlink, program, pinned: BTreeMap::new(), ruleset: None })
+    }
+
+    /// Reads everything that carries our names and marks.
+    ///
+    /// # Errors
+    /// The operation that failed. Nothing partial is given: what was not read would look as
+    /// if it did not exist.
+    pub async fn observe(&mut self) -> Result<Observed, ApplyError> {
+        let mut observed = Observed::default();
+        let mut devices = BTreeMap::new();
+        for device in Session::all().map(Session::device) {
+            let Some(link) = link::find(&mut self.netlink, device.as_str()).await? else {
+                self.unpin(device, None);
+                continue;
+            };
+            devices.insert(link.index, device);
+            observed.links.insert(device, self.observe_link(device, link).await?);
+        }
+        observed.routes = route::observe(&mut self.netlink, &devices).await?;
+        observed.sysctls = sysctl::observe(devices.into_values())?;
+        if let Some(written) = &self.ruleset
+            && nft::is_intact(written).await?
+        {
+            observed.ruleset = Some(written.ruleset.clone());
+        }
+        Ok(observed)
+    }
+
+    /// Carries out a plan in order. A failed action does not stop the next ones; what failed
+    /// is given back, and is planned again after the next observation.
+    pub async fn execute(&mut self, plan: &Plan, keys: &KeyRing) -> Vec<ApplyError> {
+        let mut errors = Vec::new();
+        for action in &plan.actions {
+            if let Err(error) = self.act(action, keys).await {
+                errors.push(error);
+            }
+        }
+        errors
+    }
+
+    /// Reads what the guard has dropped.
+    ///
+    /// # Errors
+    /// [`ApplyError::NoCounter`] while the guard is not installed, or what `nft` failed with.
+    pub async fn guard_drops(&self) -> Result<GuardDrops, ApplyError> {
+        nft::drops().await
+    }
+
+    /// Whether a link of type `wireguard` can be made here: makes one under a temporary name
+    /// and removes it.
+    pub async fn kernel_wireguard_available(&self) -> bool {
+        match Netlink::connect() {
+            Ok(mut netlink) => link::can_add_kernel(&mut netlink).await,
+            Err(error) => {
+                tracing::warn!(%error, "cannot open a netlink socket");
+                false
+            }
+        }
+    }
+
+    async fn observe_link(
+        &mut self,
+        device: DeviceName,
+        link: link::Link,
+    ) -> Result<ObservedLink, ApplyError> {
+        let mut observed = ObservedLink {
+            ours: link.ours,
+            implementation: link.implementation,
+            up: link.up,
+            mtu: link.mtu,
+            addresses: link::device_addresses(&mut self.netlink, &link).await?,
+            wireguard: None,
+        };
+        if let (true, Some(implementation)) = (link.ours, link.implementation) {
+            observed.wireguard = wireguard::observe(device, implementation).await?;
+        }
+        if let Some(state) = &mut observed.wireguard {
+            self.unpin(device, Some(state));
+            for (key, peer) in &mut state.peers {
+                peer.pinned_endpoint = self.pinned.get(&(device, *key)).copied();
+            }
+        }
+        Ok(observed)
+    }
+
+    async fn act(&mut self, action: &Action, keys: &KeyRing) -> Result<(), ApplyError> {
+        let netlink = &mut self.netlink;
+        match action {
+            Action::SetRuleset(ruleset) => {
+                self.ruleset = None;
+                self.ruleset = Some(nft::write(ruleset).await?);
+                Ok(())
+            }
+            Action::SetSysctl(sysctl, value) => sysctl::write(*sysctl, value),
+            Action::AddLink { device, implementation: Implementation::Kernel, mtu } => {
+                link::add_kernel(netlink, *device, *mtu).await
+            }
+            Action::AddLink { device, implementation: Implementation::Userspace, mtu } => {
+                if link::find(netlink, device.as_str()).await?.is_none() {
+                    wireguard::retire(*device).await;
+                }
+                wireguard::start(&self.program, *device, *mtu).await
+            }
+            Action::DeleteLink(device) => self.delete_link(*device).await,
+            Action::SetLinkMtu { device, mtu } => link::set_mtu(netlink, *device, *mtu).await,
+            Action::SetLinkUp(device) => self.set_link_up(*device).await,
+            Action::AddAddress { device, address } => {
+                link::add_address(netlink, *device, *address).await
+            }
+            Action::DeleteAddress { device, address } => {
+                link::delete_address(netlink, *device, *address).await
+            }
+            Action::ConfigureWireGuard { device, change } => {
+                self.configure(*device, change, keys).await
+            }
+            Action::PutRoute(key, route) => route::put(netlink, *key, route).await,
+            Action::DeleteRoute(key) => route::delete(netlink, *key).await,
+        }
+    }
+
+    async fn delete_link(&mut self, device: DeviceName) -> Result<(), ApplyError> {
+        let link = link::find(&mut self.netlink, device.as_str()).await?;
+        link::delete(&mut self.netlink, device).await?;
+        self.unpin(device, None);
+        if link.is_some_and(|link| link.implementation == Some(Implementation::Userspace)) {
+            wireguard::retire(device).await;
+        }
+        Ok(())
+    }
+
+    async fn set_link_up(&mut self, device: DeviceName) -> Result<(), ApplyError> {
+        match link::set_up(&mut self.netlink, device).await {
+            // Kernel WireGuard binds its port now.
+            Err(ApplyError::SetUp { source, .. })
+                if source.raw_os_error() == Some(nix::libc::EADDRINUSE) =>
+            {
+                let state = wireguard::observe(device, Implementation::Kernel).await?;
+                let port = state.unwrap_or_default().listen_port;
+                Err(ApplyError::PortTaken { device, port, source })
+            }
+            result => result,
+        }
+    }
+
+    async fn configure(
+        &mut self,
+        device: DeviceName,
+        change: &WireGuardChange,
+        keys: &KeyRing,
+    ) -> Result<(), ApplyError> {
+        let link = link::ours(&mut self.netlink, device).await?;
+        let Some(implementation) = link.implementation else {
+            return Err(ApplyError::ForeignLink { device });
+        };
+        wireguard::configure(device, implementation, change, keys).await?;
+        if implementation == Implementation::Kernel {
+            link::adopt(&mut self.netlink, device, link.index).await?;
+        }
+        for (key, peer) in &change.set_peers {
+            if let Some(endpoint) = peer.endpoint {
+                self.pinned.insert((device, *key), endpoint);
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets what was pinned on a device, except for the peers that it still has.
+    fn unpin(&mut self, device: DeviceName, state: Option<&ObservedWireGuard>) {
+        self.pinned.retain(|(pinned, key), _| {
+            *pinned != device || state.is_some_and(|state| state.peers.contains_key(key))
+        });
+    }
+}

@@ -1,0 +1,224 @@
+use std::io;
+use std::process::ExitStatus;
+
+use gambeson_keys::Generation;
+use gambeson_mesh::desired::RouteKey;
+use gambeson_mesh::session::DeviceName;
+use ipnet::IpNet;
+
+use crate::cli::Exit;
+
+/// Why the kernel could not be read or changed. Each names its object; the operator's
+/// remedy follows where errno tells what it is.
+#[expect(missing_docs, reason = "fields are named by their types")]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ApplyError {
+    /// No route-netlink socket.
+    #[error("cannot open a netlink socket{}", hint(source))]
+    Connect { source: io::Error },
+    /// A link could not be looked up.
+    #[error("cannot read link {name}{}", hint(source))]
+    ReadLink { name: String, source: io::Error },
+    /// A link that was to be changed is not there.
+    #[error("link {device} does not exist any more; it is made again in the next pass")]
+    LinkGone { device: DeviceName },
+    /// A link with one of our names was made by somebody else.
+    #[error(
+        "link {device} was not made by gambeson (it lacks the alias `gambeson`) and is left \
+         alone; rename or delete it (`ip link delete {device}`)"
+    )]
+    ForeignLink { device: DeviceName },
+    /// A link could not be made.
+    #[error("cannot make link {device}{}", hint(source))]
+    AddLink { device: DeviceName, source: io::Error },
+    /// This kernel cannot make links of type `wireguard`.
+    #[error(
+        "cannot make link {device}: this kernel has no WireGuard; load it (`modprobe wireguard`) \
+         or use `--wireguard userspace`"
+    )]
+    NoWireGuard { device: DeviceName, source: io::Error },
+    /// The userspace device's program could not be started.
+    #[error("cannot start `{program} tunnel {device}`{}", hint(source))]
+    StartTunnel { device: DeviceName, program: String, source: io::Error },
+    /// The userspace device's program failed.
+    #[error("`gambeson tunnel {device}` failed with {status}{}", tunnel_hint(*status))]
+    Tunnel { device: DeviceName, status: ExitStatus },
+    /// The userspace device's program did not get ready.
+    #[error("`gambeson tunnel {device}` did not get ready within {seconds} s and was ended")]
+    TunnelHangs { device: DeviceName, seconds: u64 },
+    /// A link could not be removed.
+    #[error("cannot delete link {device}{}", hint(source))]
+    DeleteLink { device: DeviceName, source: io::Error },
+    /// An MTU was refused.
+    #[error("cannot set the MTU of {device} to {mtu}{}", hint(source))]
+    SetMtu { device: DeviceName, mtu: u32, source: io::Error },
+    /// A link did not come up.
+    #[error("cannot bring {device} up{}", hint(source))]
+    SetUp { device: DeviceName, source: io::Error },
+    /// Kernel WireGuard binds its UDP port when the link comes up.
+    #[error(
+        "UDP port {port} of {device} is taken by another program; find it with `ss -lunp sport = \
+         :{port}` or choose another base port"
+    )]
+    PortTaken { device: DeviceName, port: u16, source: io::Error },
+    /// Addresses could not be read.
+    #[error("cannot read the addresses of {link}{}", hint(source))]
+    ReadAddresses { link: String, source: io::Error },
+    /// An address could not be added.
+    #[error("cannot add address {address} to {device}{}", address_hint(*address, source))]
+    AddAddress { device: DeviceName, address: IpNet, source: io::Error },
+    /// An address could not be removed.
+    #[error("cannot remove address {address} from {device}{}", hint(source))]
+    DeleteAddress { device: DeviceName, address: IpNet, source: io::Error },
+    /// Routes could not be read.
+    #[error("cannot read the routing table{}", hint(source))]
+    ReadRoutes { source: io::Error },
+    /// A route could not be added or replaced.
+    #[error("cannot add route {} metric {}{}", .key.destination, .key.metric, hint(source))]
+    PutRoute { key: RouteKey, source: io::Error },
+    /// Somebody else has a route with this destination and metric.
+    #[error(
+        "route {} metric {} exists and was not made by gambeson (protocol {protocol}); it is left \
+         alone, delete it (`ip route delete {} metric {}`)",
+        .key.destination, .key.metric, .key.destination, .key.metric
+    )]
+    ForeignRoute { key: RouteKey, protocol: u8 },
+    /// A route could not be removed.
+    #[error("cannot delete route {} metric {}{}", .key.destination, .key.metric, hint(source))]
+    DeleteRoute { key: RouteKey, source: io::Error },
+    /// A kernel setting could not be read.
+    #[error("cannot read /proc/sys/{path}{}", hint(source))]
+    ReadSysctl { path: String, source: io::Error },
+    /// A kernel setting could not be written.
+    #[error("cannot set /proc/sys/{path} to {value}{}", sysctl_hint(source))]
+    WriteSysctl { path: String, value: String, source: io::Error },
+    /// The program `nft` could not be run.
+    #[error("cannot run `nft`{}", nft_hint(source))]
+    StartNft { source: io::Error },
+    /// `nft` refused something.
+    #[error("`nft` failed to {operation}: {message}")]
+    Nft { operation: &'static str, message: String },
+    /// What `nft` printed is not what it documents.
+    #[error("cannot understand what `nft` printed for table inet gambeson")]
+    ParseNft { source: serde_json::Error },
+    /// The guard's counters are not there.
+    #[error("table inet gambeson has no counter {name}; it is made again in the next pass")]
+    NoCounter { name: &'static str },
+    /// A link name that has a meaning of its own in a ruleset.
+    #[error("link name {name:?} cannot be used in firewall rules; rename the link")]
+    LinkName { name: String },
+    /// A device's private key is not in the key store.
+    #[error("device {device} needs the key of generation {generation}, which is not in the store")]
+    NoKey { device: DeviceName, generation: Generation },
+    /// A WireGuard device could not be read.
+    #[error("cannot read the WireGuard state of {device}{}", hint(source))]
+    ReadWireGuard { device: DeviceName, source: io::Error },
+    /// A WireGuard device could not be changed.
+    #[error("cannot configure WireGuard on {device}{}", hint(source))]
+    ConfigureWireGuard { device: DeviceName, source: io::Error },
+    /// Kernel events cannot be subscribed to.
+    #[error("cannot subscribe to {what} events of the kernel{}", hint(source))]
+    Subscribe { what: &'static str, source: io::Error },
+    /// The event socket failed.
+    #[error("cannot read events of the kernel")]
+    Events { source: io::Error },
+}
+
+impl ApplyError {
+    /// The exit code for an agent that cannot go on without what failed, or `None` when
+    /// another pass may succeed.
+    pub fn exit(&self) -> Option<Exit> {
+        match self {
+            Self::PortTaken { .. } => Some(Exit::PortTaken),
+            Self::ForeignLink { .. } => Some(Exit::ForeignDevice),
+            Self::Tunnel { status, .. } => tunnel_exit(*status),
+            Self::Connect { source }
+            | Self::AddLink { source, .. }
+            | Self::DeleteLink { source, .. }
+            | Self::SetMtu { source, .. }
+            | Self::SetUp { source, .. }
+            | Self::AddAddress { source, .. }
+            | Self::DeleteAddress { source, .. }
+            | Self::PutRoute { source, .. }
+            | Self::DeleteRoute { source, .. }
+            | Self::ReadWireGuard { source, .. }
+            | Self::ConfigureWireGuard { source, .. }
+            | Self::Subscribe { source, .. }
+                if is_denied(source) =>
+            {
+                Some(Exit::NoPermission)
+            }
+            Self::Nft { message, .. } if message.contains("Operation not permitted") => {
+                Some(Exit::NoPermission)
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The exit codes of `gambeson tunnel` that tell what to do.
+fn tunnel_exit(status: ExitStatus) -> Option<Exit> {
+    [Exit::PortTaken, Exit::NoTun, Exit::NoPermission, Exit::ForeignDevice]
+        .into_iter()
+        .find(|exit| Some(*exit as i32) == status.code())
+}
+
+fn tunnel_hint(status: ExitStatus) -> &'static str {
+    match tunnel_exit(status) {
+        Some(Exit::NoTun) => {
+            " (no TUN device can be made: load it with `modprobe tun`, or give the container \
+             /dev/net/tun)"
+        }
+        Some(Exit::NoPermission) => {
+            " (needs the capability CAP_NET_ADMIN: run as root, or add NET_ADMIN to the container)"
+        }
+        Some(Exit::ForeignDevice) => " (a link with that name belongs to somebody else)",
+        Some(Exit::PortTaken) => " (its UDP port is taken by another program)",
+        _ => ", see its message in the log",
+    }
+}
+
+fn is_denied(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::EPERM)
+}
+
+/// What an operator can do about an errno of the kernel.
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(nix::libc::EPERM) => {
+            " (needs the capability CAP_NET_ADMIN: run as root, or add NET_ADMIN to the container)"
+        }
+        Some(nix::libc::EOPNOTSUPP) => " (not supported by this kernel)",
+        _ => "",
+    }
+}
+
+fn address_hint(address: IpNet, error: &io::Error) -> &'static str {
+    match (address, error.raw_os_error()) {
+        (IpNet::V6(_), Some(nix::libc::EACCES | nix::libc::EPERM)) => {
+            " (IPv6 may be disabled: see the sysctl net.ipv6.conf.<device>.disable_ipv6; else the \
+             capability CAP_NET_ADMIN is missing)"
+        }
+        (IpNet::V6(_), Some(nix::libc::EOPNOTSUPP | nix::libc::EAFNOSUPPORT)) => {
+            " (this kernel has IPv6 switched off)"
+        }
+        _ => hint(error),
+    }
+}
+
+fn sysctl_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            " (run as root; in a container /proc/sys must be writable, as with `privileged: true`)"
+        }
+        _ => "",
+    }
+}
+
+fn nft_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => " (install the package nftables)",
+        _ => "",
+    }
+}

@@ -1,0 +1,326 @@
+//! Links with our names, and their addresses.
+//!
+//! A link is ours when it carries the alias [`LINK_ALIAS`]. A kernel device is therefore made
+//! under a name that nobody waits for, given the alias, and only then renamed: whatever
+//! instant the agent dies at, a link with one of our names and without the alias was made by
+//! somebody else.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+
+use gambeson_mesh::desired::{Implementation, LINK_ALIAS};
+use gambeson_mesh::session::DeviceName;
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
+};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::{EADDRNOTAVAIL, EEXIST, ENODEV, EOPNOTSUPP};
+use rtnetlink::{LinkUnspec, LinkWireguard};
+
+use super::ApplyError;
+use super::netlink::Netlink;
+
+/// Name prefix of a link that is being made.
+const TEMPORARY_PREFIX: &str = "gmbtmp";
+
+/// What matters of a link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Link {
+    pub(crate) index: u32,
+    pub(crate) name: String,
+    pub(crate) ours: bool,
+    pub(crate) implementation: Option<Implementation>,
+    pub(crate) up: bool,
+    pub(crate) loopback: bool,
+    pub(crate) mtu: u32,
+}
+
+impl Link {
+    pub(crate) fn parse(message: &LinkMessage) -> Self {
+        let flags = message.header.flags;
+        let mut link = Self {
+            index: message.header.index,
+            name: String::new(),
+            ours: false,
+            implementation: None,
+            up: flags.contains(LinkFlags::Up),
+            loopback: flags.contains(LinkFlags::Loopback),
+            mtu: 0,
+        };
+        for attribute in &message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => link.name.clone_from(name),
+                LinkAttribute::IfAlias(alias) => link.ours = alias == LINK_ALIAS,
+                LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+                LinkAttribute::LinkInfo(infos) => {
+                    link.implementation = infos.iter().find_map(|info| match info {
+                        LinkInfo::Kind(InfoKind::Wireguard) => Some(Implementation::Kernel),
+                        LinkInfo::Kind(InfoKind::Tun) => Some(Implementation::Userspace),
+                        _ => None,
+                    });
+                }
+                _ => {}
+            }
+        }
+        link
+    }
+}
+
+/// The link with this name, if there is one.
+pub(crate) async fn find(netlink: &mut Netlink, name: &str) -> Result<Option<Link>, ApplyError> {
+    let request = RouteNetlinkMessage::GetLink(LinkUnspec::new_with_name(name).build());
+    match netlink.get(request).await {
+        Ok(RouteNetlinkMessage::NewLink(message)) => Ok(Some(Link::parse(&message))),
+        Ok(_) => Ok(None),
+        Err(error) if error.raw_os_error() == Some(ENODEV) => Ok(None),
+        Err(source) => Err(ApplyError::ReadLink { name: name.to_owned(), source }),
+    }
+}
+
+/// A link of ours, which must exist.
+pub(super) async fn ours(netlink: &mut Netlink, device: DeviceName) -> Result<Link, ApplyError> {
+    match find(netlink, device.as_str()).await? {
+        Some(link) if link.ours => Ok(link),
+        Some(_) => Err(ApplyError::ForeignLink { device }),
+        None => Err(ApplyError::LinkGone { device }),
+    }
+}
+
+/// Makes a kernel WireGuard link: down, without configuration, with our alias.
+pub(super) async fn add_kernel(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    mtu: u32,
+) -> Result<(), ApplyError> {
+    let name = temporary_name();
+    let create = LinkWireguard::new(&name).mtu(mtu).build();
+    let flags = NLM_F_CREATE | NLM_F_EXCL;
+    netlink.change(RouteNetlinkMessage::NewLink(create), flags).await.map_err(
+        |source| match source.raw_os_error() {
+            Some(EOPNOTSUPP) => ApplyError::NoWireGuard { device, source },
+            _ => ApplyError::AddLink { device, source },
+        },
+    )?;
+    let Some(link) = find(netlink, &name).await? else {
+        return Err(ApplyError::LinkGone { device });
+    };
+    let result = publish(netlink, link.index, device).await;
+    if result.is_err() {
+        delete_index(netlink, link.index)
+            .await
+            .map_err(|source| ApplyError::DeleteLink { device, source })?;
+    }
+    result
+}
+
+async fn publish(netlink: &mut Netlink, index: u32, device: DeviceName) -> Result<(), ApplyError> {
+    let steps = [
+        LinkUnspec::new_with_index(index).alias(LINK_ALIAS).build(),
+        LinkUnspec::new_with_index(index).name(device.as_str()).build(),
+    ];
+    for step in steps {
+        netlink.change(RouteNetlinkMessage::SetLink(step), 0).await.map_err(
+            |source| match source.raw_os_error() {
+                Some(EEXIST) => ApplyError::ForeignLink { device },
+                _ => ApplyError::AddLink { device, source },
+            },
+        )?;
+    }
+    Ok(())
+}
+
+/// Whether this kernel makes links of type `wireguard` and we may.
+pub(super) async fn can_add_kernel(netlink: &mut Netlink) -> bool {
+    let name = temporary_name();
+    let create = RouteNetlinkMessage::NewLink(LinkWireguard::new(&name).build());
+    if let Err(error) = netlink.change(create, NLM_F_CREATE | NLM_F_EXCL).await {
+        tracing::debug!(%error, "no link of type wireguard can be made");
+        return false;
+    }
+    let deleted = match find(netlink, &name).await {
+        Ok(Some(link)) => delete_index(netlink, link.index).await,
+        _ => Ok(()),
+    };
+    if let Err(error) = deleted {
+        tracing::warn!(%error, link = name, "a link made to try the kernel out stays behind");
+    }
+    true
+}
+
+/// Removes a link of ours. One that is gone already is success.
+pub(super) async fn delete(netlink: &mut Netlink, device: DeviceName) -> Result<(), ApplyError> {
+    match ours(netlink, device).await {
+        Ok(link) => delete_index(netlink, link.index)
+            .await
+            .map_err(|source| ApplyError::DeleteLink { device, source }),
+        Err(ApplyError::LinkGone { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+async fn delete_index(netlink: &mut Netlink, index: u32) -> io::Result<()> {
+    let message = LinkUnspec::new_with_index(index).build();
+    match netlink.change(RouteNetlinkMessage::DelLink(message), 0).await {
+        Err(error) if error.raw_os_error() == Some(ENODEV) => Ok(()),
+        result => result,
+    }
+}
+
+/// Sets the MTU, in bytes.
+pub(super) async fn set_mtu(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    mtu: u32,
+) -> Result<(), ApplyError> {
+    let index = ours(netlink, device).await?.index;
+    let message = LinkUnspec::new_with_index(index).mtu(mtu).build();
+    netlink
+        .change(RouteNetlinkMessage::SetLink(message), 0)
+        .await
+        .map_err(|source| ApplyError::SetMtu { device, mtu, source })
+}
+
+/// Brings a link up.
+pub(super) async fn set_up(netlink: &mut Netlink, device: DeviceName) -> Result<(), ApplyError> {
+    let index = ours(netlink, device).await?.index;
+    let message = LinkUnspec::new_with_index(index).up().build();
+    netlink
+        .change(RouteNetlinkMessage::SetLink(message), 0)
+        .await
+        .map_err(|source| ApplyError::SetUp { device, source })
+}
+
+/// Marks a kernel device as ours when it is not the one with index `before` any more.
+/// Configuring a WireGuard device makes the link if it went a moment ago, without our alias.
+pub(super) async fn adopt(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    before: u32,
+) -> Result<(), ApplyError> {
+    let Some(link) = find(netlink, device.as_str()).await? else { return Ok(()) };
+    if link.index == before || link.ours {
+        return Ok(());
+    }
+    let message = LinkUnspec::new_with_index(link.index).alias(LINK_ALIAS).build();
+    netlink
+        .change(RouteNetlinkMessage::SetLink(message), 0)
+        .await
+        .map_err(|source| ApplyError::AddLink { device, source })
+}
+
+/// An address as the kernel has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Address {
+    pub(crate) index: u32,
+    pub(crate) address: IpNet,
+    pub(crate) scope: AddressScope,
+    pub(crate) flags: AddressFlags,
+}
+
+/// Addresses of the link with this index, or of all links for 0.
+pub(crate) async fn addresses(netlink: &mut Netlink, index: u32) -> io::Result<Vec<Address>> {
+    let mut request = AddressMessage::default();
+    request.header.index = index;
+    let replies = match netlink.dump(RouteNetlinkMessage::GetAddress(request)).await {
+        // The link went meanwhile, and its addresses with it.
+        Err(error) if error.raw_os_error() == Some(ENODEV) => Vec::new(),
+        result => result?,
+    };
+    Ok(replies
+        .into_iter()
+        .filter_map(|reply| match reply {
+            RouteNetlinkMessage::NewAddress(message) => address_of(&message),
+            _ => None,
+        })
+        .filter(|address| index == 0 || address.index == index)
+        .collect())
+}
+
+/// Addresses of a device without link-local ones.
+pub(super) async fn device_addresses(
+    netlink: &mut Netlink,
+    link: &Link,
+) -> Result<BTreeSet<IpNet>, ApplyError> {
+    let found = addresses(netlink, link.index)
+        .await
+        .map_err(|source| ApplyError::ReadAddresses { link: link.name.clone(), source })?;
+    Ok(found.into_iter().map(|a| a.address).filter(|a| !is_link_local(a.addr())).collect())
+}
+
+pub(crate) fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
+/// Adds an address. One that is there already is success.
+pub(super) async fn add_address(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    address: IpNet,
+) -> Result<(), ApplyError> {
+    let index = ours(netlink, device).await?.index;
+    let message = RouteNetlinkMessage::NewAddress(address_message(index, address));
+    match netlink.change(message, NLM_F_CREATE | NLM_F_EXCL).await {
+        Err(error) if error.raw_os_error() == Some(EEXIST) => Ok(()),
+        result => result.map_err(|source| ApplyError::AddAddress { device, address, source }),
+    }
+}
+
+/// Removes an address. One that is gone already is success.
+pub(super) async fn delete_address(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    address: IpNet,
+) -> Result<(), ApplyError> {
+    let index = ours(netlink, device).await?.index;
+    let message = RouteNetlinkMessage::DelAddress(address_message(index, address));
+    match netlink.change(message, 0).await {
+        Err(error) if error.raw_os_error() == Some(EADDRNOTAVAIL) => Ok(()),
+        result => result.map_err(|source| ApplyError::DeleteAddress { device, address, source }),
+    }
+}
+
+fn address_message(index: u32, address: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.index = index;
+    message.header.prefix_len = address.prefix_len();
+    message.header.family = match address {
+        IpNet::V4(_) => AddressFamily::Inet,
+        IpNet::V6(_) => AddressFamily::Inet6,
+    };
+    if address.addr().is_ipv6() {
+        // Nobody else answers on a point-to-point device: usable at once, not a second later.
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
+    message.attributes.push(AddressAttribute::Local(address.addr()));
+    message.attributes.push(AddressAttribute::Address(address.addr()));
+    message
+}
+
+fn address_of(message: &AddressMessage) -> Option<Address> {
+    let mut local = None;
+    let mut peer = None;
+    let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
+    for attribute in &message.attributes {
+        match attribute {
+            // With a point-to-point IPv4 address, `Address` is the other end.
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            AddressAttribute::Address(ip) => peer = Some(*ip),
+            AddressAttribute::Flags(all) => flags = *all,
+            _ => {}
+        }
+    }
+    let address = IpNet::new(local.or(peer)?, message.header.prefix_len).ok()?;
+    Some(Address { index: message.header.index, address, scope: message.header.scope, flags })
+}
+
+/// A link name that is not in use, within the 15 bytes that the kernel allows.
+fn temporary_name() -> String {
+    format!("{TEMPORARY_PREFIX}{:08x}", rand::random::<u32>())
+}

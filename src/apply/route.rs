@@ -1,0 +1,215 @@
+//! Routes of ours (protocol 151) in the main table, both families.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use gambeson_mesh::desired::{NextHop, ROUTE_PROTOCOL, Route, RouteKey};
+use gambeson_mesh::session::DeviceName;
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+    RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::{EEXIST, ESRCH};
+
+use super::netlink::Netlink;
+use super::{ApplyError, link};
+
+/// Reads our routes. `devices` are the links with our names by interface index.
+///
+/// A route with our protocol number that leads elsewhere than we ever route is left out: it is
+/// replaced when one of ours has the same key, and otherwise is not known to be ours.
+pub(super) async fn observe(
+    netlink: &mut Netlink,
+    devices: &BTreeMap<u32, DeviceName>,
+) -> Result<BTreeMap<RouteKey, Route>, ApplyError> {
+    let mut routes = BTreeMap::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        for message in dump(netlink, family, RouteProtocol::Other(ROUTE_PROTOCOL)).await? {
+            if let (Some(key), Some(route)) = (key_of(&message), route_of(&message, devices)) {
+                routes.insert(key, route);
+            }
+        }
+    }
+    Ok(routes)
+}
+
+/// Adds a route, or replaces ours with the same key.
+pub(super) async fn put(
+    netlink: &mut Netlink,
+    key: RouteKey,
+    route: &Route,
+) -> Result<(), ApplyError> {
+    let index = match route.next_hop {
+        NextHop::Device(device) => Some(link::ours(netlink, device).await?.index),
+        NextHop::Unreachable => None,
+    };
+    let message = RouteNetlinkMessage::NewRoute(message(key, route, index));
+    let failed = |source| ApplyError::PutRoute { key, source };
+    match netlink.change(message.clone(), NLM_F_CREATE | NLM_F_EXCL).await {
+        Err(error) if error.raw_os_error() == Some(EEXIST) => {}
+        result => return result.map_err(failed),
+    }
+    match owner(netlink, key).await? {
+        Some(protocol) if protocol != ROUTE_PROTOCOL => {
+            Err(ApplyError::ForeignRoute { key, protocol })
+        }
+        _ => netlink.change(message, NLM_F_CREATE | NLM_F_REPLACE).await.map_err(failed),
+    }
+}
+
+/// Removes a route of ours. One that is gone already is success.
+pub(super) async fn delete(netlink: &mut Netlink, key: RouteKey) -> Result<(), ApplyError> {
+    let mut message = blank(key);
+    // The kernel compares only what is set, and the protocol is: a foreign route stays.
+    message.header.kind = RouteType::Unspec;
+    message.header.scope = RouteScope::NoWhere;
+    match netlink.change(RouteNetlinkMessage::DelRoute(message), 0).await {
+        Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(()),
+        result => result.map_err(|source| ApplyError::DeleteRoute { key, source }),
+    }
+}
+
+/// Who has a route with this key: a protocol other than ours where there is one, because
+/// replacing takes the first that the kernel finds.
+async fn owner(netlink: &mut Netlink, key: RouteKey) -> Result<Option<u8>, ApplyError> {
+    let family = family_of(key.destination);
+    let mut owner = None;
+    for message in dump(netlink, family, RouteProtocol::Unspec).await? {
+        if key_of(&message) == Some(key) && owner.is_none_or(|o| o == ROUTE_PROTOCOL) {
+            owner = Some(u8::from(message.header.protocol));
+        }
+    }
+    Ok(owner)
+}
+
+/// The main table's routes of one protocol, or of all for [`RouteProtocol::Unspec`].
+pub(crate) async fn dump(
+    netlink: &mut Netlink,
+    family: AddressFamily,
+    protocol: RouteProtocol,
+) -> Result<Vec<RouteMessage>, ApplyError> {
+    let mut request = RouteMessage::default();
+    request.header.address_family = family;
+    request.header.table = RouteHeader::RT_TABLE_MAIN;
+    request.header.protocol = protocol;
+    let replies = match netlink.dump(RouteNetlinkMessage::GetRoute(request)).await {
+        Ok(replies) => replies,
+        // The kernel says this when the filtered table has never been used.
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Vec::new(),
+        Err(source) => return Err(ApplyError::ReadRoutes { source }),
+    };
+    // Checked again here: a kernel without strict checking, or without IPv6, answers with
+    // more than was asked for.
+    Ok(replies
+        .into_iter()
+        .filter_map(|reply| match reply {
+            RouteNetlinkMessage::NewRoute(route) => Some(route),
+            _ => None,
+        })
+        .filter(|route| {
+            let header = &route.header;
+            header.address_family == family
+                && header.table == RouteHeader::RT_TABLE_MAIN
+                && !header.flags.contains(RouteFlags::Cloned)
+                && (protocol == RouteProtocol::Unspec || header.protocol == protocol)
+        })
+        .collect())
+}
+
+fn message(key: RouteKey, route: &Route, index: Option<u32>) -> RouteMessage {
+    let mut message = blank(key);
+    if let Some(index) = index {
+        message.header.kind = RouteType::Unicast;
+        message.header.scope = match key.destination {
+            IpNet::V4(_) => RouteScope::Link,
+            IpNet::V6(_) => RouteScope::Universe,
+        };
+        message.attributes.push(RouteAttribute::Oif(index));
+    } else {
+        message.header.kind = RouteType::Unreachable;
+    }
+    if let Some(mtu) = route.mtu {
+        message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
+    }
+    if let Some(source) = route.source {
+        message.attributes.push(RouteAttribute::PrefSource(source.into()));
+    }
+    message
+}
+
+fn blank(key: RouteKey) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family_of(key.destination);
+    message.header.destination_prefix_length = key.destination.prefix_len();
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
+    message.attributes.push(RouteAttribute::Destination(key.destination.network().into()));
+    message.attributes.push(RouteAttribute::Priority(key.metric));
+    message
+}
+
+fn family_of(network: IpNet) -> AddressFamily {
+    match network {
+        IpNet::V4(_) => AddressFamily::Inet,
+        IpNet::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+/// Destination and metric of a route. A default route carries no destination.
+pub(crate) fn key_of(message: &RouteMessage) -> Option<RouteKey> {
+    let header = &message.header;
+    let address = message
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Destination(address) => Some(ip_of(address)),
+            _ => None,
+        })
+        .unwrap_or(match header.address_family {
+            AddressFamily::Inet => Some(IpAddr::from([0; 4])),
+            AddressFamily::Inet6 => Some(IpAddr::from([0; 16])),
+            _ => None,
+        })?;
+    let metric = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Priority(metric) => Some(*metric),
+        _ => None,
+    });
+    let destination = IpNet::new(address, header.destination_prefix_length).ok()?;
+    Some(RouteKey { destination, metric: metric.unwrap_or(0) })
+}
+
+fn route_of(message: &RouteMessage, devices: &BTreeMap<u32, DeviceName>) -> Option<Route> {
+    let mut device = None;
+    let mut route = Route { next_hop: NextHop::Unreachable, mtu: None, source: None };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => device = devices.get(index).copied(),
+            RouteAttribute::PrefSource(address) => route.source = ip_of(address),
+            RouteAttribute::Metrics(metrics) => {
+                route.mtu = metrics.iter().find_map(|metric| match metric {
+                    RouteMetric::Mtu(mtu) => Some(*mtu),
+                    _ => None,
+                });
+            }
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => return None,
+            _ => {}
+        }
+    }
+    match message.header.kind {
+        RouteType::Unicast => route.next_hop = NextHop::Device(device?),
+        RouteType::Unreachable => {}
+        _ => return None,
+    }
+    Some(route)
+}
+
+pub(crate) fn ip_of(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(v4) => Some((*v4).into()),
+        RouteAddress::Inet6(v6) => Some((*v6).into()),
+        _ => None,
+    }
+}

@@ -1,0 +1,43 @@
+//! Kernel settings below `/proc/sys`, in the network namespace of the calling thread.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::{fs, io};
+
+use gambeson_mesh::desired::Sysctl;
+use gambeson_mesh::session::DeviceName;
+
+use super::ApplyError;
+
+/// Reads the global settings, and those of each device in `devices`. A file that does not
+/// exist (no IPv6, a device that just went) is left out.
+pub(super) fn observe(
+    devices: impl Iterator<Item = DeviceName>,
+) -> Result<BTreeMap<Sysctl, String>, ApplyError> {
+    let mut values = BTreeMap::new();
+    let global = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward];
+    for sysctl in global.into_iter().chain(devices.map(Sysctl::RpFilter)) {
+        // Procfs answers from memory: no need to leave the thread, whose namespace counts.
+        match fs::read_to_string(file(sysctl)) {
+            Ok(text) => {
+                values.insert(sysctl, text.trim().to_owned());
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(ApplyError::ReadSysctl { path: sysctl.path(), source }),
+        }
+    }
+    Ok(values)
+}
+
+/// Writes one setting.
+pub(super) fn write(sysctl: Sysctl, value: &str) -> Result<(), ApplyError> {
+    fs::write(file(sysctl), value).map_err(|source| ApplyError::WriteSysctl {
+        path: sysctl.path(),
+        value: value.to_owned(),
+        source,
+    })
+}
+
+fn file(sysctl: Sysctl) -> PathBuf {
+    PathBuf::from("/proc/sys").join(sysctl.path())
+}

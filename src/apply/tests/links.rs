@@ -1,0 +1,157 @@
+use gambeson_mesh::desired::{Implementation, Sysctl};
+use gambeson_mesh::plan::Action;
+
+use super::namespace::{attempt, device, execute, in_namespace, kernel, make_tun, sh};
+use crate::apply::ApplyError;
+use crate::cli::Exit;
+
+#[test]
+fn an_empty_namespace_has_nothing_of_ours() {
+    in_namespace(async || {
+        let observed = kernel().await.observe().await.unwrap();
+        assert!(observed.links.is_empty() && observed.routes.is_empty());
+        assert_eq!(observed.ruleset, None);
+        assert_eq!(
+            observed.sysctls.keys().copied().collect::<Vec<_>>(),
+            [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward]
+        );
+    });
+}
+
+#[test]
+fn changes_of_a_link_are_observed() {
+    in_namespace(async || {
+        let device = make_tun(1);
+        let mut kernel = kernel().await;
+        let v4 = "10.244.1.0/32".parse().unwrap();
+        let v6 = "fd00:10:244:1::/128".parse().unwrap();
+        execute(
+            &mut kernel,
+            [
+                Action::SetLinkMtu { device, mtu: 1420 },
+                Action::SetLinkUp(device),
+                Action::AddAddress { device, address: v4 },
+                Action::AddAddress { device, address: v6 },
+                Action::AddAddress { device, address: v6 },
+            ],
+        )
+        .await;
+        let link = kernel.observe().await.unwrap().links.remove(&device).unwrap();
+        assert!(link.ours && link.up);
+        assert_eq!(link.implementation, Some(Implementation::Userspace));
+        assert_eq!(link.mtu, 1420);
+        assert_eq!(link.addresses, [v4, v6].into());
+        assert_eq!(link.wireguard, None);
+        // Usable at once: no duplicate address detection.
+        assert!(!sh("ip -6 addr show dev gambeson1 scope global").contains("tentative"));
+
+        execute(
+            &mut kernel,
+            [
+                Action::DeleteAddress { device, address: v4 },
+                Action::DeleteAddress { device, address: v4 },
+            ],
+        )
+        .await;
+        let link = kernel.observe().await.unwrap().links.remove(&device).unwrap();
+        assert_eq!(link.addresses, [v6].into());
+
+        execute(&mut kernel, [Action::DeleteLink(device), Action::DeleteLink(device)]).await;
+        assert!(kernel.observe().await.unwrap().links.is_empty());
+    });
+}
+
+#[test]
+fn a_foreign_link_is_observed_and_never_touched() {
+    in_namespace(async || {
+        sh("ip link add gambeson0 type bridge && ip link set gambeson0 mtu 1300");
+        let device = device(0);
+        let mut kernel = kernel().await;
+        let link = kernel.observe().await.unwrap().links.remove(&device).unwrap();
+        assert!(!link.ours);
+        assert_eq!(link.implementation, None);
+
+        let address = "10.244.1.0/32".parse().unwrap();
+        let errors = attempt(
+            &mut kernel,
+            [
+                Action::DeleteLink(device),
+                Action::SetLinkMtu { device, mtu: 1420 },
+                Action::SetLinkUp(device),
+                Action::AddAddress { device, address },
+            ],
+        )
+        .await;
+        assert_eq!(errors.len(), 4);
+        for error in errors {
+            assert!(matches!(error, ApplyError::ForeignLink { .. }), "{error}");
+            assert_eq!(error.exit(), Some(Exit::ForeignDevice));
+        }
+        let after = kernel.observe().await.unwrap().links.remove(&device).unwrap();
+        assert_eq!(after, link);
+    });
+}
+
+#[test]
+fn a_failed_action_does_not_stop_the_next() {
+    in_namespace(async || {
+        let present = make_tun(2);
+        let mut kernel = kernel().await;
+        let errors =
+            attempt(&mut kernel, [Action::SetLinkUp(device(0)), Action::SetLinkUp(present)]).await;
+        assert!(matches!(errors.as_slice(), [ApplyError::LinkGone { .. }]), "{errors:?}");
+        assert!(kernel.observe().await.unwrap().links[&present].up);
+    });
+}
+
+#[test]
+fn settings_are_written_and_observed() {
+    in_namespace(async || {
+        let device = make_tun(3);
+        let mut kernel = kernel().await;
+        let settings = [
+            (Sysctl::Ipv4Forward, "1"),
+            (Sysctl::Ipv6Forward, "1"),
+            (Sysctl::RpFilter(device), "2"),
+        ];
+        execute(&mut kernel, settings.map(|(s, v)| Action::SetSysctl(s, v.to_owned()))).await;
+        let observed = kernel.observe().await.unwrap();
+        assert_eq!(observed.sysctls, settings.map(|(s, v)| (s, v.to_owned())).into());
+    });
+}
+
+#[test]
+fn a_missing_program_is_named() {
+    in_namespace(async || {
+        let add = Action::AddLink {
+            device: device(0),
+            implementation: Implementation::Userspace,
+            mtu: 1420,
+        };
+        let errors = attempt(&mut kernel().await, [add]).await;
+        let [error] = errors.as_slice() else { panic!("{errors:?}") };
+        assert!(error.to_string().contains("/nonexistent/gambeson tunnel gambeson0"), "{error}");
+    });
+}
+
+/// On a kernel with WireGuard the link is made; on one without, the error says what to do.
+#[test]
+fn a_kernel_link_is_made_or_the_missing_module_named() {
+    in_namespace(async || {
+        let mut kernel = kernel().await;
+        let device = device(0);
+        let add = Action::AddLink { device, implementation: Implementation::Kernel, mtu: 1420 };
+        let available = kernel.kernel_wireguard_available().await;
+        let errors = attempt(&mut kernel, [add]).await;
+        let observed = kernel.observe().await.unwrap();
+        if available {
+            assert!(errors.is_empty(), "{errors:?}");
+            let link = &observed.links[&device];
+            assert!(link.ours && !link.up && link.mtu == 1420);
+            assert_eq!(link.implementation, Some(Implementation::Kernel));
+        } else {
+            assert!(matches!(errors.as_slice(), [ApplyError::NoWireGuard { .. }]), "{errors:?}");
+        }
+        assert!(!sh("ip link").contains("gmbtmp"));
+    });
+}

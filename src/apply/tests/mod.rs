@@ -1,0 +1,7 @@
+//! Each test runs in a network and mount namespace of its own, which go with its thread.
+
+mod events;
+mod firewall;
+mod links;
+mod namespace;
+mod routes;
