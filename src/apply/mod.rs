@@ -6,15 +6,15 @@
 
 mod error;
 mod events;
-mod link;
-mod netlink;
+pub(crate) mod link;
+pub(crate) mod netlink;
 mod nft;
-mod route;
+pub(crate) mod route;
 mod sysctl;
 mod wireguard;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -3,5 +3,5 @@
 mod events;
 mod firewall;
 mod links;
-mod namespace;
+pub(crate) mod namespace;
 mod routes;
