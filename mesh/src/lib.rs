@@ -13,6 +13,8 @@ pub mod node;
 pub mod observed;
 pub mod plan;
 pub mod session;
+#[cfg(test)]
+mod sim;
 pub mod topology;
 pub mod transport;
 

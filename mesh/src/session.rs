@@ -72,3 +72,42 @@ impl fmt::Display for DeviceName {
         f.write_str(self.as_str())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ends_agree_on_every_session() {
+        for (own, peer, device, offset) in [
+            (0, 0, "gambeson0", 0),
+            (0, 1, "gambeson1", 2),
+            (1, 0, "gambeson2", 4),
+            (7, 9, "gambeson3", 6),
+        ] {
+            let (own, peer) = (Generation::new(own), Generation::new(peer));
+            let session = Session::between(own, peer);
+            assert_eq!(session.device().as_str(), device);
+            assert_eq!(session.port(51820), Some(51820 + offset));
+            assert_eq!(session.reversed(), Session::between(peer, own));
+        }
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        for session in Session::all() {
+            let device = session.device();
+            assert_eq!(DeviceName::parse(device.as_str()), Some(device));
+        }
+        for other in ["gambeson", "gambeson4", "gambeson00", "eth0", ""] {
+            assert_eq!(DeviceName::parse(other), None);
+        }
+    }
+
+    #[test]
+    fn ports_end_at_65535() {
+        let last = Session::between(Generation::new(1), Generation::new(1));
+        assert_eq!(last.port(65529), Some(65535));
+        assert_eq!(last.port(65530), None);
+    }
+}

@@ -1,10 +1,258 @@
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use super::*;
-use crate::fixtures::local;
-use crate::topology::Mesh;
+use crate::desired::NextHop;
+use crate::fixtures::{key, local, net, record, records};
+use crate::node::{Local, NodeRecord};
+use crate::observed::ObservedLink;
+use crate::sim;
+use crate::topology::Topology;
+
+mod model;
+
+fn desired(local: &Local, others: &[NodeRecord]) -> Desired {
+    Desired::new(&Topology::new().resolve(local, &records(others)), local)
+}
+
+/// The desired state of node 1 in a mesh of three, and the kernel that has it.
+fn settled() -> (Desired, Observed) {
+    let others = [record(&local(2, 0)), record(&local(3, 1))];
+    let desired = desired(&local(1, 0), &others);
+    let mut observed = Observed::default();
+    sim::apply(&Plan::new(&desired, &observed), &desired, &mut observed);
+    assert_eq!(Plan::new(&desired, &observed), Plan::default());
+    (desired, observed)
+}
+
+/// The plan, after checking that it leads where it should.
+fn plan(desired: &Desired, observed: &Observed) -> Vec<Action> {
+    let plan = Plan::new(desired, observed);
+    let mut after = observed.clone();
+    sim::apply(&plan, desired, &mut after);
+    assert_eq!(Plan::new(desired, &after).actions, []);
+    plan.actions
+}
+
+fn device(number: u8) -> DeviceName {
+    DeviceName::parse(&format!("gambeson{number}")).unwrap()
+}
+
+fn first_state(observed: &mut Observed) -> &mut crate::observed::ObservedWireGuard {
+    observed.links.get_mut(&device(0)).unwrap().wireguard.as_mut().unwrap()
+}
 
 #[test]
-fn the_guard_comes_first() {
-    let desired = Desired::new(&Mesh::default(), &local(1, 0));
-    let plan = Plan::new(&desired, &Observed::default());
-    assert_eq!(plan.actions[0], Action::SetRuleset(desired.ruleset));
+fn a_fresh_node_gets_its_guard_before_anything_else() {
+    let desired = desired(&local(1, 0), &[record(&local(2, 0))]);
+    let actions = plan(&desired, &Observed::default());
+    let position = |wanted: &dyn Fn(&Action) -> bool| actions.iter().position(wanted).unwrap();
+    let is_fail_closed =
+        |a: &Action| matches!(a, Action::PutRoute(_, r) if r.next_hop == NextHop::Unreachable);
+    let is_peer_route =
+        |a: &Action| matches!(a, Action::PutRoute(_, r) if r.next_hop != NextHop::Unreachable);
+    let order = [
+        position(&|a| matches!(a, Action::SetRuleset(_))),
+        position(&|a| matches!(a, Action::SetSysctl(Sysctl::Ipv4Forward, _))),
+        position(&is_fail_closed),
+        position(&|a| matches!(a, Action::AddLink { .. })),
+        position(&|a| matches!(a, Action::ConfigureWireGuard { .. })),
+        position(&|a| matches!(a, Action::AddAddress { .. })),
+        position(&|a| matches!(a, Action::SetLinkUp(_))),
+        position(&|a| matches!(a, Action::SetSysctl(Sysctl::RpFilter(_), _))),
+        position(&is_peer_route),
+    ];
+    assert_eq!(order[0], 0);
+    assert!(order.is_sorted(), "{actions:#?}");
+}
+
+#[test]
+fn what_somebody_removed_comes_back_and_nothing_else_is_touched() {
+    let (desired, settled) = settled();
+    let ruleset = Action::SetRuleset(desired.ruleset.clone());
+    assert_eq!(plan(&desired, &Observed { ruleset: None, ..settled.clone() }), [ruleset]);
+
+    for (key, route) in &desired.routes {
+        let mut observed = settled.clone();
+        observed.routes.remove(key);
+        assert_eq!(plan(&desired, &observed), [Action::PutRoute(*key, route.clone())]);
+    }
+    for (sysctl, value) in &desired.sysctls {
+        let mut observed = settled.clone();
+        observed.sysctls.insert(*sysctl, "7".to_owned());
+        assert_eq!(plan(&desired, &observed), [Action::SetSysctl(*sysctl, value.clone())]);
+    }
+    let mut observed = settled.clone();
+    observed.links.remove(&device(1));
+    observed.routes.retain(|_, route| route.next_hop != NextHop::Device(device(1)));
+    let touched = |action: &Action| match action {
+        Action::AddLink { device, .. }
+        | Action::ConfigureWireGuard { device, .. }
+        | Action::AddAddress { device, .. }
+        | Action::SetLinkUp(device)
+        | Action::SetSysctl(Sysctl::RpFilter(device), _)
+        | Action::PutRoute(_, Route { next_hop: NextHop::Device(device), .. }) => *device,
+        other => panic!("{other:?}"),
+    };
+    assert!(plan(&desired, &observed).iter().all(|action| touched(action) == device(1)));
+}
+
+#[test]
+fn a_foreign_device_is_named_and_left_alone() {
+    let (desired, settled) = settled();
+    for (ours, implementation) in [(false, Some(Implementation::Kernel)), (true, None)] {
+        let mut observed = settled.clone();
+        let link = observed.links.get_mut(&device(0)).unwrap();
+        (link.ours, link.implementation) = (ours, implementation);
+        let plan = Plan::new(&desired, &observed);
+        assert_eq!(plan.foreign, BTreeSet::from([device(0)]));
+        // Packets must not go through it either.
+        let routes = desired.routes.iter();
+        let through = routes.filter(|(_, r)| r.next_hop == NextHop::Device(device(0)));
+        let deletions: Vec<_> = through.map(|(key, _)| Action::DeleteRoute(*key)).collect();
+        assert_eq!(deletions.len(), 2);
+        assert_eq!(plan.actions, deletions);
+    }
+    let mut observed = settled.clone();
+    let foreign = ObservedLink { ours: false, ..observed.links[&device(0)].clone() };
+    observed.links.insert(device(3), foreign);
+    assert_eq!(Plan::new(&desired, &observed), Plan::default());
+}
+
+#[test]
+fn another_implementation_means_another_link() {
+    let (_, settled) = settled();
+    let userspace = Local { implementation: Implementation::Userspace, ..local(1, 0) };
+    let desired = desired(&userspace, &[record(&local(2, 0)), record(&local(3, 1))]);
+    let actions = plan(&desired, &settled);
+    for number in [0, 1] {
+        let at = actions.iter().position(|a| *a == Action::DeleteLink(device(number))).unwrap();
+        assert!(matches!(actions[at + 1], Action::AddLink { .. }));
+    }
+    let routes = actions.iter().filter(|a| matches!(a, Action::PutRoute(..))).count();
+    assert_eq!(routes, 4, "the links took their routes with them");
+}
+
+#[test]
+fn a_dead_tunnel_is_replaced_but_an_unreadable_kernel_device_is_set_again() {
+    let (desired, settled) = settled();
+    let mut observed = settled.clone();
+    observed.links.get_mut(&device(0)).unwrap().wireguard = None;
+    let actions = plan(&desired, &observed);
+    assert!(matches!(&actions[..], [Action::ConfigureWireGuard { .. }]), "{actions:?}");
+
+    let userspace = Local { implementation: Implementation::Userspace, ..local(1, 0) };
+    let desired = Desired::new(&crate::topology::Mesh::default(), &userspace);
+    let mut observed = Observed::default();
+    sim::apply(&Plan::new(&desired, &observed), &desired, &mut observed);
+    observed.links.get_mut(&device(0)).unwrap().wireguard = None;
+    let actions = plan(&desired, &observed);
+    assert_eq!(actions[0], Action::DeleteLink(device(0)));
+    assert!(matches!(actions[1], Action::AddLink { .. }));
+}
+
+#[test]
+fn a_roamed_endpoint_is_followed_until_the_session_goes_stale() {
+    let (desired, settled) = settled();
+    let published = desired.devices[&device(0)].peers[&key(2)].endpoint;
+    let roamed: SocketAddr = "198.51.100.7:1234".parse().unwrap();
+    let with = |age: Option<u64>, pinned: Option<SocketAddr>| {
+        let mut observed = settled.clone();
+        let peer = first_state(&mut observed).peers.get_mut(&key(2)).unwrap();
+        (peer.endpoint, peer.pinned_endpoint) = (Some(roamed), pinned);
+        sim::handshakes(&mut observed, age.map(Duration::from_secs));
+        plan(&desired, &observed).len()
+    };
+    assert_eq!(with(Some(10), Some(published)), 0, "roaming is not fought");
+    assert_eq!(with(Some(180), Some(published)), 0);
+    assert_eq!(with(Some(181), Some(published)), 1, "stale: back to what is published");
+    assert_eq!(with(None, Some(published)), 1, "never a handshake");
+    assert_eq!(with(Some(10), Some(roamed)), 1, "the published endpoint changed");
+    assert_eq!(with(Some(10), None), 1, "not known what this agent wrote");
+}
+
+#[test]
+fn a_changed_key_adds_the_new_peer_before_the_old_one_goes() {
+    let (_, settled) = settled();
+    let mut changed = local(2, 2);
+    changed.keys = BTreeMap::from([(Generation::new(2), key(22))]);
+    let desired = desired(&local(1, 0), &[record(&changed), record(&local(3, 1))]);
+    let actions = plan(&desired, &settled);
+    let [
+        Action::ConfigureWireGuard { change: add, .. },
+        Action::ConfigureWireGuard { change: remove, .. },
+    ] = &actions[..]
+    else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(add.set_peers.keys().collect::<Vec<_>>(), [&key(22)]);
+    assert_eq!(remove.remove_peers, BTreeSet::from([key(2)]));
+}
+
+#[test]
+fn prefixes_are_replaced_only_when_one_must_go() {
+    let (desired, settled) = settled();
+    let mut observed = settled.clone();
+    let peer = first_state(&mut observed).peers.get_mut(&key(2)).unwrap();
+    peer.allowed_ips.remove(&net("10.244.2.0/24"));
+    let change = |actions: Vec<Action>| match actions.into_iter().next() {
+        Some(Action::ConfigureWireGuard { change, .. }) => change.set_peers[&key(2)].clone(),
+        other => panic!("{other:?}"),
+    };
+    assert!(!change(plan(&desired, &observed)).replace_allowed_ips);
+    let peer = first_state(&mut observed).peers.get_mut(&key(2)).unwrap();
+    peer.allowed_ips.insert(net("10.0.0.0/8"));
+    assert!(change(plan(&desired, &observed)).replace_allowed_ips);
+}
+
+#[test]
+fn a_keepalive_of_zero_is_none() {
+    let (desired, mut observed) = settled();
+    for peer in first_state(&mut observed).peers.values_mut() {
+        peer.persistent_keepalive = Some(0);
+    }
+    assert_eq!(plan(&desired, &observed), []);
+}
+
+#[test]
+fn a_base_port_that_moves_up_frees_each_port_before_it_is_taken() {
+    let (_, settled) = settled();
+    let others = [record(&local(2, 0)), record(&local(3, 1))];
+    for (port, first) in [(51822, 1), (51818, 0)] {
+        let moved = Local { port, ..local(1, 0) };
+        let actions = plan(&desired(&moved, &others), &settled);
+        let devices: Vec<_> = actions
+            .iter()
+            .map(|action| match action {
+                Action::ConfigureWireGuard { device, .. } => *device,
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(devices, [device(first), device(1 - first)]);
+    }
+}
+
+#[test]
+fn a_lower_underlay_mtu_reaches_links_and_routes() {
+    let (_, settled) = settled();
+    let lowered = Local { underlay_mtu: 1400, ..local(1, 0) };
+    let actions = plan(&desired(&lowered, &[record(&local(2, 0))]), &settled);
+    assert!(actions.contains(&Action::SetLinkMtu { device: device(0), mtu: 1320 }));
+    let route = |a: &&Action| matches!(a, Action::PutRoute(_, r) if r.mtu == Some(1320));
+    assert_eq!(actions.iter().filter(route).count(), 2);
+}
+
+#[test]
+fn a_node_that_leaves_takes_its_peer_routes_and_device_along() {
+    let (_, settled) = settled();
+    let actions = plan(&desired(&local(1, 0), &[record(&local(2, 0))]), &settled);
+    let key = |text| RouteKey { destination: net(text), metric: 1 };
+    assert_eq!(
+        actions,
+        [
+            Action::DeleteRoute(key("10.244.3.0/24")),
+            Action::DeleteRoute(key("fd00:10:244:3::/64")),
+            Action::DeleteLink(device(1)),
+        ]
+    );
 }

@@ -16,6 +16,9 @@ use crate::node::{LARGEST_MTU, Local, Node, Transport};
 use crate::session::{DeviceName, Session};
 use crate::topology::Mesh;
 
+#[cfg(test)]
+mod tests;
+
 /// `rp_filter` of our devices: loose, because the two directions of a pair may use two of
 /// them while a key is replaced.
 const LOOSE: &str = "2";

@@ -1,0 +1,277 @@
+//! Any observed state is led to any desired one, and stays there.
+
+use proptest::collection::{btree_map, btree_set};
+use proptest::option;
+use proptest::prelude::*;
+
+use super::*;
+use crate::desired::Sysctl;
+use crate::observed::{ObservedPeer, ObservedWireGuard};
+use crate::session::Session;
+use crate::topology::Mesh;
+
+fn any_device() -> impl Strategy<Value = DeviceName> {
+    (0_u8..4).prop_map(device)
+}
+
+fn any_implementation() -> impl Strategy<Value = Implementation> {
+    prop_oneof![Just(Implementation::Kernel), Just(Implementation::Userspace)]
+}
+
+/// From a small set, so that observed and desired have much in common.
+fn any_net() -> impl Strategy<Value = IpNet> {
+    prop_oneof![
+        (1_u8..6).prop_map(|i| net(&format!("10.244.{i}.0/24"))),
+        (1_u8..6).prop_map(|i| net(&format!("fd00:10:244:{i}::/64"))),
+        (1_u8..3).prop_map(|i| net(&format!("10.244.{i}.0/32"))),
+        Just(net("10.244.0.0/16")),
+        Just(net("fd00:10:244::/48")),
+    ]
+}
+
+fn any_endpoint() -> impl Strategy<Value = SocketAddr> {
+    (1_u8..4, 0_u16..4).prop_map(|(i, s)| SocketAddr::from(([192, 168, 240, i], 51820 + 2 * s)))
+}
+
+fn any_peer() -> impl Strategy<Value = ObservedPeer> {
+    let keepalive = option::of(prop_oneof![Just(0_u16), Just(25)]);
+    let age = option::of((0_u64..400).prop_map(Duration::from_secs));
+    (
+        option::of(any_endpoint()),
+        option::of(any_endpoint()),
+        btree_set(any_net(), 0..4),
+        keepalive,
+        age,
+    )
+        .prop_map(
+            |(endpoint, pinned_endpoint, allowed_ips, persistent_keepalive, handshake_age)| {
+                ObservedPeer {
+                    endpoint,
+                    pinned_endpoint,
+                    allowed_ips,
+                    persistent_keepalive,
+                    handshake_age,
+                    ..ObservedPeer::default()
+                }
+            },
+        )
+}
+
+fn any_wireguard() -> impl Strategy<Value = ObservedWireGuard> {
+    let peers = btree_map((1_u8..8).prop_map(key), any_peer(), 0..5);
+    (option::of((1_u8..4).prop_map(key)), 51818_u16..51832, peers).prop_map(
+        |(public_key, listen_port, mut peers)| {
+            // A prefix has one owner on a device.
+            let mut taken = BTreeSet::new();
+            for peer in peers.values_mut() {
+                peer.allowed_ips.retain(|prefix| taken.insert(*prefix));
+            }
+            ObservedWireGuard { public_key, listen_port, peers }
+        },
+    )
+}
+
+fn any_link() -> impl Strategy<Value = ObservedLink> {
+    (
+        prop::bool::weighted(0.85),
+        option::weighted(0.9, any_implementation()),
+        any::<bool>(),
+        prop_oneof![Just(1420_u32), Just(1440), Just(1320)],
+        btree_set(any_net(), 0..3),
+        option::weighted(0.8, any_wireguard()),
+    )
+        .prop_map(|(ours, implementation, up, mtu, addresses, wireguard)| ObservedLink {
+            ours,
+            implementation,
+            up,
+            mtu,
+            addresses,
+            wireguard,
+        })
+}
+
+fn any_route() -> impl Strategy<Value = (RouteKey, Route)> {
+    let metric = prop_oneof![Just(1_u32), Just(u32::MAX), Just(50)];
+    let next_hop = prop_oneof![
+        4 => any_device().prop_map(NextHop::Device),
+        1 => Just(NextHop::Unreachable)
+    ];
+    let mtu = option::of(Just(1420_u32));
+    (any_net(), metric, next_hop, mtu).prop_map(|(destination, metric, next_hop, mtu)| {
+        (RouteKey { destination, metric }, Route { next_hop, mtu, source: None })
+    })
+}
+
+fn any_observed() -> impl Strategy<Value = Observed> {
+    let sysctl = prop_oneof![
+        Just(Sysctl::Ipv4Forward),
+        Just(Sysctl::Ipv6Forward),
+        any_device().prop_map(Sysctl::RpFilter)
+    ];
+    let value = prop_oneof![Just("0".to_owned()), Just("1".to_owned()), Just("2".to_owned())];
+    (
+        btree_map(any_device(), any_link(), 0..5),
+        prop::collection::vec(any_route(), 0..8),
+        btree_map(sysctl, value, 0..6),
+    )
+        .prop_map(|(links, routes, sysctls)| {
+            let up = |device| links.get(&device).is_some_and(|link: &ObservedLink| link.up);
+            let possible = |route: &Route| match route.next_hop {
+                NextHop::Device(device) => up(device),
+                NextHop::Unreachable => true,
+            };
+            let routes = routes.into_iter().filter(|(_, route)| possible(route)).collect();
+            Observed { links, routes, sysctls, ruleset: None }
+        })
+}
+
+/// Node 1 with any keys, ports and peers; the two last may rotate.
+fn any_desired() -> impl Strategy<Value = Desired> {
+    let peer = (2_u8..6, 0_u64..3, option::of(50_u8..60), 0_u16..2, prop::bool::ANY);
+    (
+        any_implementation(),
+        0_u64..3,
+        option::weighted(0.3, 60_u8..65),
+        prop_oneof![Just(51820_u16), Just(51822)],
+        prop::collection::vec(peer, 0..5),
+        option::of(Just(25_u16)),
+    )
+        .prop_map(|(implementation, generation, next, port, peers, persistent_keepalive)| {
+            let mut own = Local { implementation, port, ..local(1, generation) };
+            own.keys.extend(next.map(|n| (Generation::new(generation + 1), key(n))));
+            let others = peers.into_iter().map(|(i, generation, next, port, v6)| {
+                let mut other = Local { port: 51820 + 2 * port, ..local(i, generation) };
+                other.keys.extend(next.map(|n| (Generation::new(generation + 1), key(n))));
+                other.endpoints.v6 = other.endpoints.v6.filter(|_| v6);
+                record(&other)
+            });
+            let others: Vec<_> = others.collect();
+            let mut mesh = Topology::new().resolve(&own, &records(&others));
+            mesh.persistent_keepalive = persistent_keepalive;
+            Desired::new(&mesh, &own)
+        })
+}
+
+fn rank(action: &Action) -> u8 {
+    match action {
+        Action::SetRuleset(_) => 0,
+        Action::SetSysctl(Sysctl::Ipv4Forward | Sysctl::Ipv6Forward, _) => 1,
+        Action::PutRoute(_, Route { next_hop: NextHop::Unreachable, .. }) => 2,
+        Action::AddLink { .. } | Action::SetLinkMtu { .. } => 3,
+        Action::ConfigureWireGuard { change, .. } if change.remove_peers.is_empty() => 4,
+        Action::AddAddress { .. } => 5,
+        Action::SetLinkUp(_) => 6,
+        Action::SetSysctl(Sysctl::RpFilter(_), _) => 7,
+        Action::PutRoute(..) => 8,
+        Action::DeleteRoute(_) => 9,
+        Action::ConfigureWireGuard { .. } => 10,
+        Action::DeleteAddress { .. } => 11,
+        Action::DeleteLink(_) => 12,
+    }
+}
+
+fn check_reached(desired: &Desired, observed: &Observed) -> Result<(), TestCaseError> {
+    prop_assert_eq!(observed.ruleset.as_ref(), Some(&desired.ruleset));
+    for (name, device) in &desired.devices {
+        let link = &observed.links[name];
+        if !link.ours || link.implementation.is_none() {
+            continue;
+        }
+        let state = link.wireguard.as_ref().unwrap();
+        prop_assert_eq!(link.implementation, Some(device.implementation));
+        prop_assert!(link.up);
+        prop_assert_eq!(link.mtu, device.mtu);
+        prop_assert_eq!(&link.addresses, &device.addresses);
+        prop_assert_eq!(state.public_key, Some(device.public_key));
+        prop_assert_eq!(state.listen_port, device.listen_port);
+        prop_assert!(state.peers.keys().eq(device.peers.keys()));
+        for (key, peer) in &device.peers {
+            let reached = &state.peers[key];
+            prop_assert_eq!(&reached.allowed_ips, &peer.allowed_ips);
+            let keepalive = reached.persistent_keepalive.filter(|seconds| *seconds != 0);
+            prop_assert_eq!(keepalive, peer.persistent_keepalive);
+        }
+        prop_assert_eq!(
+            observed.sysctls.get(&Sysctl::RpFilter(*name)).map(String::as_str),
+            Some("2")
+        );
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn any_plan_reaches_desired_and_the_next_is_empty(
+        desired in any_desired(),
+        before in any_observed(),
+    ) {
+        let plan = Plan::new(&desired, &before);
+        let mut after = before.clone();
+        sim::apply(&plan, &desired, &mut after);
+        check_reached(&desired, &after)?;
+        let next = Plan::new(&desired, &after);
+        prop_assert_eq!(next.actions, vec![]);
+        prop_assert_eq!(&next.foreign, &plan.foreign);
+
+        let foreign = |name| plan.foreign.contains(&name);
+        let wanted: BTreeMap<_, _> = desired.routes.clone().into_iter().filter(|(_, route)| {
+            !matches!(route.next_hop, NextHop::Device(name) if foreign(name))
+        }).collect();
+        prop_assert_eq!(&after.routes, &wanted);
+        for session in Session::all() {
+            let name = session.device();
+            let is_foreign = |link: &&ObservedLink| !link.ours || link.implementation.is_none();
+            if let Some(link) = before.links.get(&name).filter(is_foreign) {
+                prop_assert_eq!(after.links.get(&name), Some(link));
+            } else {
+                prop_assert_eq!(after.links.contains_key(&name), desired.devices.contains_key(&name));
+            }
+        }
+    }
+
+    #[test]
+    fn actions_are_in_order(desired in any_desired(), before in any_observed()) {
+        let plan = Plan::new(&desired, &before);
+        let actions = &plan.actions;
+        let mut ranks = Vec::new();
+        for (at, action) in actions.iter().enumerate() {
+            // A link that is made again is the one exception to "add before delete".
+            let remade = matches!(
+                (action, actions.get(at + 1)),
+                (Action::DeleteLink(old), Some(Action::AddLink { device, .. })) if old == device
+            );
+            if !remade {
+                ranks.push(rank(action));
+            }
+        }
+        prop_assert!(ranks.is_sorted(), "{:#?}", actions);
+    }
+
+    #[test]
+    fn an_interrupted_plan_is_finished_by_the_next(
+        desired in any_desired(),
+        before in any_observed(),
+        done in 0_usize..40,
+    ) {
+        let mut plan = Plan::new(&desired, &before);
+        plan.actions.truncate(done);
+        let mut after = before;
+        sim::apply(&plan, &desired, &mut after);
+        let rest = Plan::new(&desired, &after);
+        sim::apply(&rest, &desired, &mut after);
+        prop_assert_eq!(Plan::new(&desired, &after).actions, vec![]);
+    }
+
+    #[test]
+    fn a_node_without_pod_cidr_has_a_guard_and_no_device(before in any_observed()) {
+        let own = Local { pod_cidrs: BTreeSet::new(), ..local(1, 0) };
+        let desired = Desired::new(&Mesh::default(), &own);
+        prop_assert!(desired.devices.is_empty());
+        prop_assert_eq!(desired.routes.len(), 2);
+        let mut after = before.clone();
+        sim::apply(&Plan::new(&desired, &before), &desired, &mut after);
+        prop_assert_eq!(after.ruleset, Some(desired.ruleset));
+    }
+}
