@@ -3,5 +3,3 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod cni;
-mod kernel;
-mod vm;

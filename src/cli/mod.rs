@@ -24,7 +24,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Agent(agent::Args),
+    Agent(Box<agent::Args>),
     Tunnel(tunnel::Args),
     Cni(cni::Args),
     InstallCni(install_cni::Args),
@@ -33,13 +33,13 @@ enum Command {
 }
 
 /// Runs the command line of this process. By the file names `gambeson-cni` and `flannel` the
-/// binary is the CNI plugin; by the file name `gambeson-tunnel` it is `gambeson tunnel`.
+/// binary is the CNI plugin.
 pub fn main() -> ExitCode {
     if cni::invoked_as_plugin() {
         return cni::run(&cni::Args {});
     }
-    let result = match Cli::parse_from(tunnel::arguments()).command {
-        Command::Agent(args) => agent::run(args),
+    let result = match Cli::parse().command {
+        Command::Agent(args) => agent::run(*args),
         Command::Tunnel(args) => tunnel::run(args),
         Command::Cni(args) => return cni::run(&args),
         Command::InstallCni(args) => install_cni::run(args),

@@ -1,9 +1,87 @@
-use super::Failure;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-/// Placeholder for status.
+use super::{Exit, Failure};
+use crate::config::DEFAULT_SOCKET;
+use crate::status::Status;
+
+/// Longer than the agent takes to answer from memory when the kernel does not.
+const READ_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Show this node's peers, and what is refused and why
+///
+/// Asks the agent on this node. The JSON document has a schema version and the fields of the
+/// table, with ages in seconds and sizes in bytes.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {}
+#[command(after_help = "\
+Examples:
+  gambeson status
+  gambeson status --json | jq '.peers[] | select(.handshake_age_seconds == null) | .name'")]
+pub(super) struct Args {
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+    /// Unix socket of the agent
+    #[arg(long, env = "GAMBESON_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+}
 
-pub(super) fn run(_args: Args) -> Result<(), Failure> {
-    Ok(())
+/// Why there is no status to show.
+#[derive(Debug, thiserror::Error)]
+enum StatusError {
+    #[error(
+        "no agent answers on {}; start `gambeson agent` on this node, or give --socket the path \
+         it was started with",
+        .0.display()
+    )]
+    NotRunning(PathBuf, #[source] io::Error),
+    #[error("not allowed to ask the agent on {}; run as root", .0.display())]
+    NotAllowed(PathBuf, #[source] io::Error),
+    #[error("the agent on {} gave no answer", .0.display())]
+    NoAnswer(PathBuf, #[source] io::Error),
+    #[error("the agent on {} answers in a form this version does not know", .0.display())]
+    Unknown(PathBuf, #[source] serde_json::Error),
+}
+
+pub(super) fn run(args: Args) -> Result<(), Failure> {
+    let document = ask(&args.socket).map_err(|e| Failure::new(Exit::Failure, e))?;
+    let text = if args.json {
+        document
+    } else {
+        serde_json::from_str::<Status>(&document)
+            .map_err(|source| StatusError::Unknown(args.socket.clone(), source))?
+            .to_string()
+    };
+    match io::stdout().write_all(text.as_bytes()) {
+        // The reader had enough, for example `gambeson status | head -1`.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+fn ask(socket: &Path) -> Result<String, StatusError> {
+    let mut stream = UnixStream::connect(socket).map_err(|source| match source.kind() {
+        io::ErrorKind::PermissionDenied => StatusError::NotAllowed(socket.to_owned(), source),
+        _ => StatusError::NotRunning(socket.to_owned(), source),
+    })?;
+    let mut document = String::new();
+    stream
+        .set_read_timeout(Some(READ_TIMEOUT))
+        .and_then(|()| stream.read_to_string(&mut document))
+        .map_err(|source| StatusError::NoAnswer(socket.to_owned(), source))?;
+    Ok(document)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_that_does_not_run_is_said_with_its_socket() {
+        let error = ask(Path::new("/nonexistent/agent.sock")).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/agent.sock"), "{error}");
+        assert!(error.contains("gambeson agent"), "{error}");
+    }
 }

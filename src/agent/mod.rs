@@ -1,0 +1,306 @@
+//! `events -> Local + Nodes -> Mesh -> Desired -> Plan(observed) -> kernel -> observe again`
+//!
+//! The only loop. Events say no more than "look again": a change of a Node, a message of
+//! the kernel, a question, a timer. Each pass reads everything anew and applies the
+//! difference. Whatever ends the agent, the data plane and the guard stay as they are, and
+//! the next agent goes on from them.
+
+mod error;
+mod pacer;
+mod preflight;
+mod reconciler;
+mod reporter;
+mod tasks;
+
+use std::time::{Duration, Instant};
+
+use gambeson_mesh::NodeName;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{sleep, sleep_until, timeout};
+use tracing::{debug, info, warn};
+
+pub use error::AgentError;
+use pacer::{Cause, Pacer};
+use reconciler::{Pass, Reconciler, chain};
+use reporter::Reporter;
+use tasks::Tasks;
+
+use crate::apply::{Events, Kernel};
+use crate::cluster::{
+    Backoff, Connector, EventWriter, NodeStore, NodeWatch, Publication, Publisher, Recorder,
+};
+use crate::config::{Config, NodeIdentity, Options};
+use crate::http::{self, Reconciles};
+use crate::status::{self, Source, Status};
+
+/// A pass is made at least this often, in case an event was lost.
+const RESYNC: Duration = Duration::from_secs(30);
+/// After changes, a look at whether they hold.
+const VERIFY: Duration = Duration::from_millis(100);
+/// Waits after a pass that did not get everything done.
+const FIRST_RETRY: Duration = Duration::from_millis(200);
+const LONGEST_RETRY: Duration = Duration::from_secs(5);
+/// Questions for a fresh status that may wait.
+const QUESTIONS: usize = 32;
+/// Kernel messages that are taken together at most.
+const MESSAGES: usize = 4096;
+/// How long a running pass may take after the agent was told to end.
+const LAST_PASS: Duration = Duration::from_secs(5);
+
+/// Runs the agent until `shutdown`, or until it cannot start.
+///
+/// # Errors
+/// [`AgentError`]; the data plane and the guard stay as they are in every case.
+pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
+    tokio::pin!(shutdown);
+    let config = options.validate()?;
+    preflight::net_admin()?;
+    let mut reconciler = Reconciler::new(config.clone(), Kernel::connect().await?)?;
+    let kernel_events = Events::subscribe()?;
+    let connector = Connector::new(config.kubeconfig.clone());
+    connector.client().await?;
+    let socket = status::bind(&config.socket).await?;
+    let healthz = match config.healthz {
+        Some(address) => Some(http::bind(address).await?),
+        None => None,
+    };
+    info!(version = env!("CARGO_PKG_VERSION"), "starting");
+    // Before anything is known of the cluster, and before its API server answers.
+    reconciler.close().await?;
+    let node = tokio::select! {
+        node = find_node(&connector, &config.node, &mut reconciler) => node?,
+        () = &mut shutdown => return Ok(()),
+    };
+
+    let mut tasks = Tasks::new();
+    let (questions, asked) = mpsc::channel(QUESTIONS);
+    let (status, last_status) = watch::channel(Status::starting(&node));
+    let source = Source::new(last_status, questions);
+    tasks.spawn("status socket", status::serve(socket, source.clone()));
+    let reconciles = Reconciles::default();
+    if let Some(listener) = healthz {
+        let reconciles = reconciles.clone();
+        tasks.spawn_fallible("health and metrics", async move {
+            http::serve(listener, source, &reconciles).await
+        });
+    }
+    let cluster = Cluster::start(&mut tasks, connector, &config, &node);
+    let agent = Agent {
+        reporter: Reporter::new(&node, cluster.events.clone()),
+        node,
+        reconciler,
+        cluster,
+        kernel_events,
+        asked,
+        status,
+        reconciles,
+        pacer: Pacer::default(),
+        retry: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
+        next_look: Instant::now(),
+    };
+    let ended = agent.run(shutdown, &mut tasks).await;
+    if ended.is_ok() {
+        info!("ending; devices, routes and the guard stay as they are");
+    }
+    ended
+}
+
+/// Waits until it is known which Node this is.
+async fn find_node(
+    connector: &Connector,
+    identity: &NodeIdentity,
+    reconciler: &mut Reconciler,
+) -> Result<NodeName, AgentError> {
+    let mut backoff = Backoff::new(FIRST_RETRY, LONGEST_RETRY);
+    let mut said: Option<String> = None;
+    loop {
+        let problem = match connector.node_name(identity).await {
+            Ok(Some(node)) => {
+                info!(node, "this Node");
+                return Ok(node);
+            }
+            Ok(None) => "the agent's pod is not bound to a Node yet".to_owned(),
+            Err(error) => chain(&error),
+        };
+        if said.as_ref() != Some(&problem) {
+            warn!(error = problem, "cannot find this machine's Node; retrying");
+            said = Some(problem);
+        }
+        sleep(backoff.wait()).await;
+        reconciler.close().await?;
+    }
+}
+
+/// The agent's connections to the cluster.
+struct Cluster {
+    store: NodeStore,
+    changes: watch::Receiver<u64>,
+    publication: watch::Sender<Option<Publication>>,
+    events: Recorder,
+    health: [watch::Receiver<Option<String>>; 2],
+}
+
+impl Cluster {
+    fn start(tasks: &mut Tasks, connector: Connector, config: &Config, node: &str) -> Self {
+        let store = NodeStore::new(node, &config.prefix);
+        let (watch_health, watching) = watch::channel(None);
+        let follow = NodeWatch::new(connector.clone(), store.clone(), watch_health);
+        tasks.spawn("Node watch", follow.run());
+        let (publish_health, publishing) = watch::channel(None);
+        let (publication, wanted) = watch::channel(None);
+        let publisher = Publisher::new(
+            connector.clone(),
+            store.clone(),
+            node,
+            &config.prefix,
+            wanted,
+            publish_health,
+        );
+        tasks.spawn("publisher", publisher.run());
+        let (writer, events) = EventWriter::new(connector, node);
+        tasks.spawn("event writer", writer.run());
+        let changes = store.changes();
+        Self { store, changes, publication, events, health: [watching, publishing] }
+    }
+
+    /// What is wrong with the connections at the moment.
+    fn troubles(&self) -> Vec<String> {
+        self.health.iter().filter_map(|health| health.borrow().clone()).collect()
+    }
+}
+
+struct Agent {
+    node: NodeName,
+    reconciler: Reconciler,
+    reporter: Reporter,
+    cluster: Cluster,
+    kernel_events: Events,
+    asked: mpsc::Receiver<oneshot::Sender<()>>,
+    status: watch::Sender<Status>,
+    reconciles: Reconciles,
+    pacer: Pacer,
+    retry: Backoff,
+    /// When to look again even if nothing happens.
+    next_look: Instant,
+}
+
+/// What woke the loop.
+enum Wake {
+    /// A pass is due.
+    Look(Cause, Option<oneshot::Sender<()>>),
+    /// The agent is to end.
+    Shutdown,
+}
+
+impl Agent {
+    async fn run(
+        mut self,
+        mut shutdown: std::pin::Pin<&mut impl Future<Output = ()>>,
+        tasks: &mut Tasks,
+    ) -> Result<(), AgentError> {
+        loop {
+            let mut answers = Vec::new();
+            let cause = tokio::select! {
+                wake = self.wake(shutdown.as_mut(), &mut answers) => match wake {
+                    Some(cause) => cause,
+                    None => return Ok(()),
+                },
+                ended = tasks.ended() => return Err(ended),
+            };
+            let fresh = !answers.is_empty() || self.next_look <= Instant::now();
+            self.forget_events();
+            let pass = self.pass(cause, fresh);
+            tokio::pin!(pass);
+            tokio::select! {
+                passed = &mut pass => passed?,
+                () = shutdown.as_mut() => {
+                    // Every step of a pass is whole by itself, so that giving up is safe.
+                    let _ = timeout(LAST_PASS, pass).await;
+                    return Ok(());
+                }
+            }
+            for answer in answers {
+                // Whoever asked may be gone.
+                let _ = answer.send(());
+            }
+        }
+    }
+
+    /// Waits until the next pass is due. Gathers the questions it will answer.
+    async fn wake(
+        &mut self,
+        mut shutdown: std::pin::Pin<&mut impl Future<Output = ()>>,
+        answers: &mut Vec<oneshot::Sender<()>>,
+    ) -> Option<Cause> {
+        let mut pending: Option<(Cause, Instant)> = None;
+        loop {
+            let due = pending.map(|(_, due)| due);
+            let wake = tokio::select! {
+                biased;
+                () = shutdown.as_mut() => Wake::Shutdown,
+                () = sleep_until(due.unwrap_or(self.next_look).into()) => match pending {
+                    Some((cause, _)) => return Some(cause),
+                    None => return Some(Cause::Wanted),
+                },
+                changed = self.cluster.changes.changed() => {
+                    debug_assert!(changed.is_ok(), "the store is ours");
+                    Wake::Look(Cause::Wanted, None)
+                }
+                Some(answer) = self.asked.recv() => Wake::Look(Cause::Wanted, Some(answer)),
+                event = self.kernel_events.changed(), if pending.is_none() => {
+                    if let Err(error) = event {
+                        debug!(error = chain(&error), "kernel events");
+                        sleep(VERIFY).await;
+                    }
+                    Wake::Look(Cause::Kernel, None)
+                }
+            };
+            match wake {
+                Wake::Shutdown => return None,
+                Wake::Look(cause, answer) => {
+                    answers.extend(answer);
+                    let due = self.pacer.due(cause, Instant::now());
+                    pending = Some(match pending {
+                        Some((before, earlier)) => (before.max(cause), earlier.min(due)),
+                        None => (cause, due),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Takes what the kernel has said up to now: the coming pass sees all of it.
+    fn forget_events(&mut self) {
+        for _ in 0..MESSAGES {
+            if futures::FutureExt::now_or_never(self.kernel_events.changed()).is_none() {
+                break;
+            }
+        }
+    }
+
+    async fn pass(&mut self, cause: Cause, fresh: bool) -> Result<(), AgentError> {
+        let started = Instant::now();
+        self.cluster.changes.mark_unchanged();
+        let Cluster { store, publication, .. } = &self.cluster;
+        let pass = self.reconciler.pass(&self.node, store, publication).await?;
+        if fresh && let Ok(drops) = self.reconciler.guard_drops().await {
+            self.reporter.set_guard(&drops);
+        }
+        let now = Instant::now();
+        let report = self.reporter.report(&pass, &self.cluster.troubles(), now);
+        self.status.send_replace(report);
+        self.reconciles.record(now.duration_since(started), pass.problems.len());
+        self.pacer.ended(cause, started, now, pass.actions > 0);
+        self.next_look = now + self.pause(&pass);
+        Ok(())
+    }
+
+    /// How long nothing has to happen until the next pass.
+    fn pause(&mut self, pass: &Pass) -> Duration {
+        if !pass.problems.is_empty() {
+            return self.retry.wait();
+        }
+        self.retry.reset();
+        if pass.actions > 0 { VERIFY } else { RESYNC }
+    }
+}

@@ -1,0 +1,463 @@
+//! One pass: what is known of the cluster and of this host, to what the kernel should have,
+//! to the difference, to the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
+use gambeson_mesh::NodeName;
+use gambeson_mesh::desired::{Desired, Implementation, NextHop};
+use gambeson_mesh::node::{Endpoints, Local, NodeRecord, annotation, pod_cidrs};
+use gambeson_mesh::observed::Observed;
+use gambeson_mesh::plan::{Action, Plan};
+use gambeson_mesh::topology::{Mesh, Topology};
+use ipnet::IpNet;
+use tokio::sync::watch;
+use tracing::{debug, info};
+
+use super::{AgentError, preflight};
+use crate::apply::{ApplyError, Kernel};
+use crate::cluster::{NodeStore, Publication};
+use crate::cni::install::write_conflist;
+use crate::config::{Config, WireGuardMode};
+use crate::subnet_env::SubnetEnv;
+use crate::underlay::{self, Families, Underlay};
+
+/// Carries out passes, and keeps what must not be forgotten between them.
+#[derive(Debug)]
+pub(super) struct Reconciler {
+    config: Config,
+    kernel: Kernel,
+    key_store: KeyStore,
+    keys: Option<KeyRing>,
+    implementation: Option<Implementation>,
+    topology: Topology,
+    underlay: Option<Underlay>,
+    pod_cidrs: Option<(String, BTreeSet<IpNet>)>,
+    /// Whether a pass has gone through without anything an agent cannot start with.
+    started: bool,
+    /// Whether pods may be started. Once they may, they always may: guard and routes are
+    /// repaired, and a CNI configuration that was read cannot be taken back.
+    ready: bool,
+}
+
+/// What one pass saw and did.
+#[derive(Debug, Default)]
+pub(super) struct Pass {
+    /// What it works on, unless it waits for something.
+    pub(super) view: Option<View>,
+    /// What has to happen before there is anything to do.
+    pub(super) waiting: Option<String>,
+    /// Changes made to the kernel.
+    pub(super) actions: usize,
+    /// What did not work and is tried again.
+    pub(super) problems: Vec<String>,
+    /// Whether pods may be started.
+    pub(super) ready: bool,
+}
+
+/// The state of a pass that had everything it needs.
+#[derive(Debug)]
+pub(super) struct View {
+    pub(super) node_uid: String,
+    pub(super) local: Local,
+    pub(super) underlay: Underlay,
+    pub(super) mesh: Mesh,
+    pub(super) desired: Desired,
+    /// As it was before the changes of this pass.
+    pub(super) observed: Observed,
+}
+
+/// What a pass needs of the cluster and this host.
+struct Inputs {
+    node_uid: String,
+    local: Local,
+    underlay: Underlay,
+    mesh: Mesh,
+}
+
+impl Reconciler {
+    pub(super) fn new(config: Config, kernel: Kernel) -> Result<Self, AgentError> {
+        let key_store = KeyStore::at(&config.key_file);
+        let keys = key_store.load()?;
+        Ok(Self {
+            config,
+            kernel,
+            key_store,
+            keys,
+            implementation: None,
+            topology: Topology::new(),
+            underlay: None,
+            pod_cidrs: None,
+            started: false,
+            ready: false,
+        })
+    }
+
+    /// Packets that the guard stopped, if it can be asked.
+    pub(super) async fn guard_drops(&self) -> Result<crate::apply::GuardDrops, ApplyError> {
+        self.kernel.guard_drops().await
+    }
+
+    /// Brings up only what stops packets: the guard and the fail-closed routes. Devices and
+    /// routes to peers stay exactly as they are, for as long as the Nodes are not known.
+    pub(super) async fn close(&mut self) -> Result<Pass, AgentError> {
+        let mut pass = Pass { ready: self.ready, ..Pass::default() };
+        let local = self.local("", BTreeSet::new(), &Underlay::unknown());
+        let desired = Desired::new(&Mesh::default(), &local);
+        let observed = match self.kernel.observe().await {
+            Err(error) if self.is_passing(&error) => {
+                pass.problems.push(chain(&error));
+                return Ok(pass);
+            }
+            observed => observed?,
+        };
+        let mut plan = Plan::new(&desired, &observed);
+        plan.actions.retain(|action| match action {
+            Action::SetRuleset(_) | Action::SetSysctl(..) => true,
+            Action::PutRoute(_, route) => route.next_hop == NextHop::Unreachable,
+            _ => false,
+        });
+        self.execute(&plan, &mut pass).await?;
+        Ok(pass)
+    }
+
+    /// One full pass, or as much of it as the Nodes known so far allow.
+    pub(super) async fn pass(
+        &mut self,
+        node: &NodeName,
+        store: &NodeStore,
+        publication: &watch::Sender<Option<Publication>>,
+    ) -> Result<Pass, AgentError> {
+        let mut pass = Pass { ready: self.ready, ..Pass::default() };
+        let inputs = match self.inputs(node, store, &mut pass).await? {
+            Ok(inputs) => inputs,
+            Err(waiting) => {
+                let closed = self.close().await?;
+                pass.problems.extend(closed.problems);
+                pass.actions = closed.actions;
+                pass.waiting = Some(waiting);
+                return Ok(pass);
+            }
+        };
+        let observed = match self.kernel.observe().await {
+            Err(error) if self.is_passing(&error) => {
+                pass.problems.push(chain(&error));
+                return Ok(pass);
+            }
+            observed => observed?,
+        };
+        let implementation = self.implementation(&observed).await?;
+        let local = Local { implementation, ..inputs.local };
+        let desired = Desired::new(&inputs.mesh, &local);
+        let plan = Plan::new(&desired, &observed);
+        self.check_foreign(&plan, &mut pass)?;
+        self.check_ports(&desired, &observed)?;
+        let clean = self.execute(&plan, &mut pass).await?;
+        let closed = clean || is_closed(&desired, &observed);
+        self.started = true;
+        self.hand_over(&local, closed, &mut pass);
+        publish(publication, &local, self.ready);
+        let Inputs { node_uid, underlay, mesh, .. } = inputs;
+        pass.view = Some(View { node_uid, local, underlay, mesh, desired, observed });
+        Ok(pass)
+    }
+
+    /// Collects what a pass needs, or says what it waits for.
+    async fn inputs(
+        &mut self,
+        node: &NodeName,
+        store: &NodeStore,
+        pass: &mut Pass,
+    ) -> Result<Result<Inputs, String>, AgentError> {
+        let own = {
+            let nodes = store.nodes();
+            match nodes.own() {
+                Some(own) => own.clone(),
+                None if nodes.listed() => {
+                    return Ok(Err(format!(
+                        "Node {node} to be registered (if it never will, give --node-name the \
+                         name that `kubectl get nodes` shows)"
+                    )));
+                }
+                None => return Ok(Err("the list of Nodes from the API server".to_owned())),
+            }
+        };
+        let cidrs = match self.pod_cidrs(&own, pass) {
+            Ok(cidrs) => cidrs,
+            Err(problem) => return Ok(Err(format!("a pod CIDR of Node {node}, which {problem}"))),
+        };
+        let underlay = match self.underlay(pass).await {
+            Ok(underlay) => underlay,
+            Err(problem) => return Ok(Err(format!("an underlay interface: {problem}"))),
+        };
+        self.ensure_key(&own, pass)?;
+        let local = self.local(node, cidrs, &underlay);
+        let mesh = self.topology.resolve(&local, store.nodes().records());
+        Ok(Ok(Inputs { node_uid: own.uid, local, underlay, mesh }))
+    }
+
+    /// This node's pod CIDRs, or those it had when they cannot be read any more.
+    fn pod_cidrs(&mut self, own: &NodeRecord, pass: &mut Pass) -> Result<BTreeSet<IpNet>, String> {
+        match (pod_cidrs(own, &self.config.cluster_networks), &self.pod_cidrs) {
+            (Ok(cidrs), _) => {
+                self.pod_cidrs = Some((own.uid.clone(), cidrs.clone()));
+                Ok(cidrs)
+            }
+            (Err(problem), Some((uid, cidrs))) if *uid == own.uid => {
+                pass.problems.push(format!("Node {} {problem}; keeping those it had", own.name));
+                Ok(cidrs.clone())
+            }
+            (Err(problem), _) => Err(problem.to_string()),
+        }
+    }
+
+    /// The underlay interface, or the last one while there is none.
+    async fn underlay(&mut self, pass: &mut Pass) -> Result<Underlay, String> {
+        let families = Families {
+            v4: self.config.cluster_networks.iter().any(|n| matches!(n, IpNet::V4(_))),
+            v6: self.config.cluster_networks.iter().any(|n| matches!(n, IpNet::V6(_))),
+        };
+        let choice = &self.config.underlay;
+        let mut found = underlay::pick(choice, families).await;
+        // IPv4 pods over an IPv6 underlay, or the other way round.
+        if found.is_err()
+            && let Ok(other) = underlay::pick(choice, Families::default()).await
+        {
+            found = Ok(other);
+        }
+        match (found, &self.underlay) {
+            (Ok(found), before) => {
+                if before.as_ref() != Some(&found) {
+                    info!(
+                        interface = found.name,
+                        mtu = found.mtu,
+                        v4 = found.endpoints.v4.map(tracing::field::display),
+                        v6 = found.endpoints.v6.map(tracing::field::display),
+                        "underlay"
+                    );
+                }
+                self.underlay = Some(found.clone());
+                Ok(found)
+            }
+            (Err(error), Some(before)) => {
+                pass.problems.push(format!("{}; keeping {}", chain(&error), before.name));
+                Ok(before.clone())
+            }
+            (Err(error), None) => Err(chain(&error)),
+        }
+    }
+
+    /// Makes this node's first key once its Node tells from which generation on.
+    fn ensure_key(&mut self, own: &NodeRecord, pass: &mut Pass) -> Result<(), AgentError> {
+        let published = own
+            .annotations
+            .get(annotation::KEY_GENERATION)
+            .and_then(|text| text.parse().ok())
+            .map(Generation::new);
+        match (&self.keys, published) {
+            (None, _) => {
+                // The store is gone, but peers remember the generation: it never goes back.
+                let first = published.and_then(Generation::next).unwrap_or(Generation::FIRST);
+                let keys = self.key_store.create(first)?;
+                info!(
+                    generation = first.number(),
+                    file = %self.key_store.path().display(),
+                    "made a key"
+                );
+                self.keys = Some(keys);
+            }
+            (Some(keys), Some(published)) if published > keys.current() => {
+                pass.problems.push(format!(
+                    "the key file {} has generation {}, but Node {} publishes {published}, so \
+                     peers ignore the older key; restore the newer file, or remove it to give \
+                     this node a new key",
+                    self.key_store.path().display(),
+                    keys.current(),
+                    own.name,
+                ));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn local(&self, node: &str, pod_cidrs: BTreeSet<IpNet>, underlay: &Underlay) -> Local {
+        let config = &self.config;
+        Local {
+            name: node.to_owned(),
+            pod_cidrs,
+            cluster_networks: config.cluster_networks.clone(),
+            keys: self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::publics),
+            endpoints: underlay.endpoints,
+            port: config.port,
+            underlay_mtu: underlay.mtu,
+            implementation: self.implementation.unwrap_or(Implementation::Kernel),
+            transports: config.transports.clone(),
+            bridge: config.bridge.clone(),
+            masquerade: config.ip_masq,
+        }
+    }
+
+    /// Kernel or userspace, decided once: what runs already is kept.
+    async fn implementation(&mut self, observed: &Observed) -> Result<Implementation, AgentError> {
+        if let Some(decided) = self.implementation {
+            return Ok(decided);
+        }
+        let running =
+            observed.links.values().filter(|link| link.ours).find_map(|link| link.implementation);
+        let decided = match (self.config.wireguard, running) {
+            (WireGuardMode::Auto, Some(running)) => running,
+            (WireGuardMode::Userspace, _) => Implementation::Userspace,
+            (WireGuardMode::Kernel, Some(Implementation::Kernel)) => Implementation::Kernel,
+            (mode, _) => match (self.kernel.kernel_wireguard_available().await, mode) {
+                (true, _) => Implementation::Kernel,
+                (false, WireGuardMode::Kernel) => return Err(AgentError::NoKernelWireGuard),
+                (false, _) => Implementation::Userspace,
+            },
+        };
+        if decided == Implementation::Userspace {
+            if preflight::fips_enabled() {
+                return Err(AgentError::Fips);
+            }
+            if running != Some(Implementation::Userspace) {
+                preflight::tun()?;
+            }
+        }
+        info!(implementation = ?decided, adopted = running == Some(decided), "WireGuard");
+        self.implementation = Some(decided);
+        Ok(decided)
+    }
+
+    /// A device that is not ours ends an agent that starts; later it is said and tried again.
+    fn check_foreign(&self, plan: &Plan, pass: &mut Pass) -> Result<(), AgentError> {
+        for device in &plan.foreign {
+            let error = AgentError::ForeignDevice(*device);
+            if !self.started {
+                return Err(error);
+            }
+            pass.problems.push(error.to_string());
+        }
+        Ok(())
+    }
+
+    /// At start, says which port is taken before a device is made for it.
+    fn check_ports(&self, desired: &Desired, observed: &Observed) -> Result<(), AgentError> {
+        if self.started {
+            return Ok(());
+        }
+        desired
+            .devices
+            .iter()
+            .filter(|(name, _)| !observed.links.get(name).is_some_and(|link| link.ours))
+            .try_for_each(|(_, device)| preflight::udp_port(device.listen_port))
+    }
+
+    /// Whether the agent goes on after this error, in the hope that another pass succeeds. An
+    /// agent that starts ends instead, where only a person can help.
+    fn is_passing(&self, error: &ApplyError) -> bool {
+        self.started || error.exit().is_none()
+    }
+
+    /// Carries out a plan. Gives back whether all of it worked.
+    async fn execute(&mut self, plan: &Plan, pass: &mut Pass) -> Result<bool, AgentError> {
+        if plan.is_empty() {
+            return Ok(true);
+        }
+        for action in &plan.actions {
+            debug!(?action, "change");
+        }
+        // Only actions that install a key look at the ring, and there are none before there
+        // is one; execute takes it all the same.
+        let none;
+        let keys = match &self.keys {
+            Some(keys) => keys,
+            None => {
+                none = KeyRing::new(Generation::FIRST, PrivateKey::generate());
+                &none
+            }
+        };
+        let errors = self.kernel.execute(plan, keys).await;
+        pass.actions = plan.actions.len().saturating_sub(errors.len());
+        let clean = errors.is_empty();
+        for error in errors {
+            if !self.is_passing(&error) {
+                return Err(error.into());
+            }
+            pass.problems.push(chain(&error));
+        }
+        Ok(clean)
+    }
+
+    /// Tells the CNI plugin and the container runtime, once packets cannot leave in clear.
+    fn hand_over(&mut self, local: &Local, closed: bool, pass: &mut Pass) {
+        if !closed && !self.ready {
+            return;
+        }
+        let handed = self.write_subnet_env(local).and_then(|()| {
+            let dir = &self.config.cni_conf_dir;
+            if write_conflist(dir).map_err(|error| chain(&error))? {
+                info!(folder = %dir.display(), "wrote the CNI configuration");
+            }
+            Ok(())
+        });
+        match handed {
+            Ok(()) => self.ready = true,
+            Err(problem) => pass.problems.push(problem),
+        }
+        pass.ready = self.ready;
+    }
+
+    fn write_subnet_env(&self, local: &Local) -> Result<(), String> {
+        let networks: Vec<IpNet> = local.cluster_networks.iter().copied().collect();
+        let subnets: Vec<IpNet> = local.pod_cidrs.iter().copied().collect();
+        let env = SubnetEnv::new(&networks, &subnets, local.inner_mtu(), local.masquerade)
+            .map_err(|error| chain(&error))?;
+        let file = &self.config.subnet_file;
+        if env.write(file).map_err(|error| chain(&error))? {
+            info!(file = %file.display(), mtu = env.mtu, "wrote the subnet");
+        }
+        Ok(())
+    }
+}
+
+impl Underlay {
+    /// Stands in where only the guard is built, which does not depend on it.
+    fn unknown() -> Self {
+        Self { name: String::new(), index: 0, mtu: 0, endpoints: Endpoints::default() }
+    }
+}
+
+/// Whether the guard and every fail-closed route were in the kernel already.
+fn is_closed(desired: &Desired, observed: &Observed) -> bool {
+    observed.ruleset.as_ref() == Some(&desired.ruleset)
+        && desired
+            .routes
+            .iter()
+            .filter(|(_, route)| route.next_hop == NextHop::Unreachable)
+            .all(|(key, route)| observed.routes.get(key) == Some(route))
+}
+
+fn publish(publication: &watch::Sender<Option<Publication>>, local: &Local, ready: bool) {
+    let wanted = Publication { annotations: local.annotations(), network_up: ready };
+    publication.send_if_modified(|current| {
+        let changed = current.as_ref() != Some(&wanted);
+        if changed {
+            *current = Some(wanted);
+        }
+        changed
+    });
+}
+
+/// An error and its causes in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let part = error.to_string();
+        if !text.contains(&part) {
+            text = format!("{text}: {part}");
+        }
+        cause = error.source();
+    }
+    text
+}

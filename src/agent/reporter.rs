@@ -1,0 +1,236 @@
+//! Says what changed: one log line per change of state, Events for refused peers, and the
+//! status.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use gambeson_mesh::NodeName;
+use gambeson_mesh::desired::{Desired, Implementation, NextHop, PEER_ROUTE_METRIC, RouteKey};
+use gambeson_mesh::node::Node;
+use gambeson_mesh::observed::ObservedPeer;
+use gambeson_mesh::session::DeviceName;
+use gambeson_mesh::topology::{Mesh, Refusal};
+use tracing::{debug, info, warn};
+
+use super::reconciler::{Pass, View};
+use crate::apply::GuardDrops;
+use crate::cluster::{Note, Recorder};
+use crate::status::{
+    GuardStatus, PeerStatus, RefusedStatus, Status, UnderlayStatus, transport_name,
+};
+
+/// How often it is said again what the agent waits for.
+const REMIND: Duration = Duration::from_secs(60);
+
+/// Compares each pass with the one before.
+#[derive(Debug)]
+pub(super) struct Reporter {
+    events: Recorder,
+    peers: BTreeSet<NodeName>,
+    refused: BTreeMap<NodeName, Refusal>,
+    problems: BTreeSet<String>,
+    waiting: Option<(String, Instant)>,
+    ready: bool,
+    guard: GuardStatus,
+    /// Says how the data plane is while a pass has nothing newer to tell.
+    last: Status,
+}
+
+impl Reporter {
+    pub(super) fn new(node: &str, events: Recorder) -> Self {
+        Self {
+            events,
+            peers: BTreeSet::new(),
+            refused: BTreeMap::new(),
+            problems: BTreeSet::new(),
+            waiting: None,
+            ready: false,
+            guard: GuardStatus::default(),
+            last: Status::starting(node),
+        }
+    }
+
+    /// Takes in newer counters of the guard.
+    pub(super) fn set_guard(&mut self, drops: &GuardDrops) {
+        self.guard = GuardStatus {
+            out_packets: drops.out_packets,
+            out_bytes: drops.out_bytes,
+            in_packets: drops.in_packets,
+            in_bytes: drops.in_bytes,
+        };
+    }
+
+    /// Logs what changed since the last pass, and gives the status after this one.
+    /// `troubles` are those of other parts of the agent.
+    pub(super) fn report(&mut self, pass: &Pass, troubles: &[String], now: Instant) -> Status {
+        if pass.actions > 0 {
+            info!(changes = pass.actions, "changed the kernel");
+        }
+        self.report_problems(&pass.problems);
+        self.report_waiting(pass.waiting.as_deref(), now);
+        if let Some(view) = &pass.view {
+            self.report_peers(&view.mesh);
+            self.report_refused(&view.mesh, &view.node_uid);
+        }
+        if pass.ready && !self.ready {
+            info!("ready");
+        }
+        self.ready = pass.ready;
+        self.last = self.status(pass, troubles);
+        self.last.clone()
+    }
+
+    fn report_problems(&mut self, problems: &[String]) {
+        let problems: BTreeSet<String> = problems.iter().cloned().collect();
+        for problem in problems.difference(&self.problems) {
+            warn!(error = problem, "not done, will be tried again");
+        }
+        for problem in self.problems.difference(&problems) {
+            info!(error = problem, "solved");
+        }
+        self.problems = problems;
+    }
+
+    fn report_waiting(&mut self, waiting: Option<&str>, now: Instant) {
+        self.waiting = match (waiting, self.waiting.take()) {
+            (None, Some((before, _))) => {
+                debug!("no longer waiting for {before}");
+                None
+            }
+            (None, None) => None,
+            (Some(waiting), Some((before, said)))
+                if before == waiting && now.duration_since(said) < REMIND =>
+            {
+                Some((before, said))
+            }
+            (Some(waiting), _) => {
+                info!("waiting for {waiting}");
+                Some((waiting.to_owned(), now))
+            }
+        };
+    }
+
+    fn report_peers(&mut self, mesh: &Mesh) {
+        for (name, node) in &mesh.peers {
+            if self.peers.insert(name.clone()) {
+                let cidrs: Vec<_> = node.pod_cidrs.iter().map(ToString::to_string).collect();
+                info!(peer = name, pod_cidrs = cidrs.join(","), "peer joined");
+            }
+        }
+        self.peers.retain(|name| {
+            let stays = mesh.peers.contains_key(name);
+            if !stays {
+                info!(peer = name, "peer left");
+            }
+            stays
+        });
+    }
+
+    fn report_refused(&mut self, mesh: &Mesh, node_uid: &str) {
+        for (name, refusal) in &mesh.refused {
+            if self.refused.get(name) == Some(refusal) {
+                continue;
+            }
+            if matches!(refusal, Refusal::NoKey | Refusal::NoPodCidr) {
+                // What every Node goes through when it joins, and nobody has to look at.
+                info!(peer = name, "peer is not there yet: it {refusal}");
+                continue;
+            }
+            let kept = mesh.peers.contains_key(name);
+            warn!(peer = name, reason = %refusal, kept, "peer refused");
+            self.events.record(Note {
+                node_uid: node_uid.to_owned(),
+                peer: name.clone(),
+                reason: refusal.to_string(),
+            });
+        }
+        for name in self.refused.keys() {
+            if !mesh.refused.contains_key(name) && mesh.peers.contains_key(name) {
+                info!(peer = name, "peer is no longer refused");
+            }
+        }
+        self.refused.clone_from(&mesh.refused);
+    }
+
+    fn status(&self, pass: &Pass, troubles: &[String]) -> Status {
+        let mut status = Status {
+            guard: self.guard,
+            ready: pass.ready,
+            waiting: pass.waiting.clone(),
+            errors: pass.problems.iter().chain(troubles).cloned().collect(),
+            ..self.last.clone()
+        };
+        let Some(view) = &pass.view else { return status };
+        let View { local, underlay, mesh, .. } = view;
+        status.implementation = Some(implementation_name(local.implementation).to_owned());
+        if let Some((generation, key)) = local.current_key() {
+            status.set_key(generation, key);
+        }
+        status.mtu = Some(local.inner_mtu());
+        let endpoints = underlay.endpoints;
+        status.underlay = Some(UnderlayStatus {
+            interface: underlay.name.clone(),
+            mtu: underlay.mtu,
+            endpoints: endpoints
+                .v4
+                .map(IpAddr::from)
+                .into_iter()
+                .chain(endpoints.v6.map(IpAddr::from))
+                .collect(),
+        });
+        status.peers = mesh.peers.values().map(|node| peer_status(node, view)).collect();
+        status.refused = mesh
+            .refused
+            .iter()
+            .map(|(name, refusal)| RefusedStatus {
+                name: name.clone(),
+                reason: refusal.to_string(),
+                kept: mesh.peers.contains_key(name),
+            })
+            .collect();
+        status
+    }
+}
+
+fn implementation_name(implementation: Implementation) -> &'static str {
+    match implementation {
+        Implementation::Kernel => "kernel",
+        Implementation::Userspace => "userspace",
+    }
+}
+
+fn peer_status(node: &Node, view: &View) -> PeerStatus {
+    let device = route_device(node, &view.desired);
+    let configured = device
+        .and_then(|name| view.desired.devices.get(&name))
+        .and_then(|device| device.peers.get(&node.public_key));
+    let observed = device
+        .and_then(|name| view.observed.links.get(&name))
+        .and_then(|link| link.wireguard.as_ref())
+        .and_then(|wireguard| wireguard.peers.get(&node.public_key));
+    let seen = |value: fn(&ObservedPeer) -> u64| observed.map_or(0, value);
+    let own_mtu = view.local.inner_mtu();
+    PeerStatus {
+        name: node.name.clone(),
+        pod_cidrs: node.pod_cidrs.iter().copied().collect(),
+        endpoint: observed.and_then(|p| p.endpoint).or(configured.map(|p| p.endpoint)),
+        transport: transport_name(view.local.implementation).to_owned(),
+        device: device.map_or_else(|| "-".to_owned(), |name| name.to_string()),
+        key_generation: node.generation.number(),
+        handshake_age_seconds: observed.and_then(|p| p.handshake_age).map(|age| age.as_secs()),
+        rx_bytes: seen(|p| p.rx_bytes),
+        tx_bytes: seen(|p| p.tx_bytes),
+        mtu: node.mtu.map_or(own_mtu, |theirs| theirs.min(own_mtu)),
+    }
+}
+
+fn route_device(node: &Node, desired: &Desired) -> Option<DeviceName> {
+    node.pod_cidrs.iter().find_map(|destination| {
+        let key = RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };
+        match desired.routes.get(&key)?.next_hop {
+            NextHop::Device(device) => Some(device),
+            NextHop::Unreachable => None,
+        }
+    })
+}

@@ -1,0 +1,179 @@
+//! The way to the API server, and how an attempt to use it can fail.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config};
+use tokio::time::timeout;
+
+use crate::config::NodeIdentity;
+
+/// Longest wait for a connection, and for an answer, before it is given up.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Makes clients of one API server. Credentials are read again for each, so that a renewed
+/// kubeconfig or token is picked up without a restart.
+#[derive(Debug, Clone)]
+pub struct Connector {
+    kubeconfig: Option<PathBuf>,
+    patience: Duration,
+}
+
+/// A cluster configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The kubeconfig file is missing or wrong.
+    #[error("cannot use the kubeconfig {}; give --kubeconfig a readable file", path.display())]
+    Kubeconfig {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// There is no kubeconfig, and this process does not run in a pod with a service account.
+    #[error(
+        "no way to reach the API server; give --kubeconfig, or run as a pod with a service \
+         account"
+    )]
+    InCluster(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The client could not be built from the configuration.
+    #[error("cannot make a client of the API server at {server}")]
+    Client {
+        /// Its address.
+        server: String,
+        /// Why.
+        #[source]
+        source: Box<kube::Error>,
+    },
+}
+
+/// A request that brought no usable answer.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// There is no client to send it with.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The API server could not be reached, or refused.
+    #[error("{}", describe(.0))]
+    Refused(Box<kube::Error>),
+    /// Nothing came back in time.
+    #[error("no answer within {:.1} s", .0.as_secs_f32())]
+    Timeout(Duration),
+}
+
+impl RequestError {
+    /// Status code of the API server's answer, if it answered.
+    pub fn code(&self) -> Option<u16> {
+        match self {
+            Self::Refused(error) => match error.as_ref() {
+                kube::Error::Api(status) => Some(status.code),
+                _ => None,
+            },
+            Self::Connect(_) | Self::Timeout(_) => None,
+        }
+    }
+}
+
+impl From<kube::Error> for RequestError {
+    fn from(error: kube::Error) -> Self {
+        Self::Refused(Box::new(error))
+    }
+}
+
+impl Connector {
+    /// Through this kubeconfig, or else the service account of this pod.
+    pub fn new(kubeconfig: Option<PathBuf>) -> Self {
+        Self { kubeconfig, patience: REQUEST_TIMEOUT }
+    }
+
+    /// With another limit on how long a connection or an answer may take.
+    #[must_use]
+    pub fn with_patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
+
+    /// A client with fresh credentials and connections. It sends nothing yet.
+    ///
+    /// # Errors
+    /// [`ConnectError`], when the configuration cannot be used.
+    pub async fn client(&self) -> Result<Client, ConnectError> {
+        let mut config = match &self.kubeconfig {
+            Some(path) => from_kubeconfig(path).await?,
+            None => Config::incluster().map_err(|e| ConnectError::InCluster(Box::new(e)))?,
+        };
+        config.connect_timeout = Some(self.patience);
+        // Retries are the callers' business: they know when an answer no longer matters.
+        config.default_retry = false;
+        let server = config.cluster_url.to_string();
+        Client::try_from(config)
+            .map_err(|source| ConnectError::Client { server, source: Box::new(source) })
+    }
+
+    /// Name of this machine's Node. `None` while the agent's pod is not bound to one.
+    ///
+    /// # Errors
+    /// [`RequestError`], when the pod has to be asked for and cannot be read.
+    pub async fn node_name(&self, node: &NodeIdentity) -> Result<Option<String>, RequestError> {
+        let (namespace, name) = match node {
+            NodeIdentity::Name(name) => return Ok(Some(name.clone())),
+            NodeIdentity::Pod { namespace, name } => (namespace, name),
+        };
+        let pods: Api<Pod> = Api::namespaced(self.client().await?, namespace);
+        let pod = self.in_time(pods.get(name)).await?;
+        Ok(pod.spec.and_then(|spec| spec.node_name))
+    }
+
+    /// Gives up on a request that a dead connection or a stuck server would hold for ever.
+    pub(super) async fn in_time<T>(
+        &self,
+        request: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, RequestError> {
+        match timeout(self.patience, request).await {
+            Ok(answer) => answer.map_err(RequestError::from),
+            Err(_) => Err(RequestError::Timeout(self.patience)),
+        }
+    }
+}
+
+async fn from_kubeconfig(path: &Path) -> Result<Config, ConnectError> {
+    let wrong = |source: kube::config::KubeconfigError| ConnectError::Kubeconfig {
+        path: path.to_owned(),
+        source: Box::new(source),
+    };
+    let kubeconfig = Kubeconfig::read_from(path).map_err(wrong)?;
+    Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.map_err(wrong)
+}
+
+/// The error in an operator's words: kube prints its own variant names and debug text.
+fn describe(error: &kube::Error) -> String {
+    if let kube::Error::Api(status) = error {
+        return format!("{} ({})", status.message, status.code);
+    }
+    let mut text = String::new();
+    let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let part = error.to_string();
+        if !text.contains(&part) {
+            let separator = if text.is_empty() { "" } else { ": " };
+            text = format!("{text}{separator}{part}");
+        }
+        cause = error.source();
+    }
+    if text.is_empty() { error.to_string() } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_missing_kubeconfig_is_named() {
+        let connector = Connector::new(Some("/nonexistent/kubeconfig".into()));
+        let Err(error) = connector.client().await else { panic!("no error") };
+        assert!(error.to_string().contains("/nonexistent/kubeconfig"), "{error}");
+        assert!(error.to_string().contains("--kubeconfig"), "{error}");
+    }
+}

@@ -1,0 +1,130 @@
+//! Events on this Node, so that `kubectl describe node` says which peers are refused and why.
+
+use gambeson_mesh::NodeName;
+use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::api::PostParams;
+use tokio::sync::mpsc;
+use tracing::debug;
+
+use super::connect::{Connector, RequestError};
+use super::object::beginning;
+
+/// Namespace of Events about Nodes, which have none of their own.
+const NAMESPACE: &str = "default";
+/// Longest message that the API server takes, in bytes.
+const MESSAGE_MAX: usize = 1024;
+/// Notes that may wait; more are dropped, since status and metrics say the same.
+const QUEUE: usize = 64;
+
+/// Something a cluster's operator should find on the Node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Note {
+    /// UID of this Node.
+    pub node_uid: String,
+    /// The peer that it is about.
+    pub peer: NodeName,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Takes notes without ever waiting.
+#[derive(Debug, Clone)]
+pub struct Recorder(mpsc::Sender<Note>);
+
+/// Turns notes into Events, in a task of its own. Best effort: what fails is dropped.
+#[derive(Debug)]
+pub struct EventWriter {
+    connector: Connector,
+    node: NodeName,
+    notes: mpsc::Receiver<Note>,
+}
+
+impl Recorder {
+    /// Hands a note to the writer, or drops it when too many wait.
+    pub fn record(&self, note: Note) {
+        if self.0.try_send(note).is_err() {
+            debug!("too many Events are waiting; one was dropped");
+        }
+    }
+}
+
+impl EventWriter {
+    /// A writer for the Node `node`, and the recorder that feeds it.
+    pub fn new(connector: Connector, node: &str) -> (Self, Recorder) {
+        let (sender, notes) = mpsc::channel(QUEUE);
+        (Self { connector, node: node.to_owned(), notes }, Recorder(sender))
+    }
+
+    /// Writes until the recorder is gone.
+    pub async fn run(mut self) {
+        while let Some(note) = self.notes.recv().await {
+            if let Err(error) = self.write(&note).await {
+                debug!(%error, peer = note.peer, "the Event was not written");
+            }
+        }
+    }
+
+    async fn write(&self, note: &Note) -> Result<(), RequestError> {
+        let api: Api<Event> = Api::namespaced(self.connector.client().await?, NAMESPACE);
+        let event = event(&self.node, note, Timestamp::now());
+        self.connector.in_time(api.create(&PostParams::default(), &event)).await?;
+        Ok(())
+    }
+}
+
+fn event(node: &str, note: &Note, now: Timestamp) -> Event {
+    let message = format!("Peer {} is refused: {}", note.peer, note.reason);
+    let message = beginning(&message, MESSAGE_MAX).to_owned();
+    // A Node's name may be as long as an Event's: leave room for the suffix.
+    let stem = beginning(node, 230);
+    Event {
+        metadata: ObjectMeta {
+            name: Some(format!("{stem}.{:x}", now.as_nanosecond())),
+            namespace: Some(NAMESPACE.to_owned()),
+            ..ObjectMeta::default()
+        },
+        involved_object: ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Node".to_owned()),
+            name: Some(node.to_owned()),
+            uid: Some(note.node_uid.clone()),
+            ..ObjectReference::default()
+        },
+        type_: Some("Warning".to_owned()),
+        reason: Some("PeerRefused".to_owned()),
+        message: Some(message),
+        source: Some(EventSource {
+            component: Some("gambeson".to_owned()),
+            host: Some(node.to_owned()),
+        }),
+        reporting_component: Some("gambeson".to_owned()),
+        reporting_instance: Some(node.to_owned()),
+        first_timestamp: Some(Time(now)),
+        last_timestamp: Some(Time(now)),
+        count: Some(1),
+        ..Event::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_which_peer_and_why_within_the_limits() {
+        let note = Note {
+            node_uid: "u".into(),
+            peer: "node-2".into(),
+            reason: "x".repeat(2 * MESSAGE_MAX),
+        };
+        let event = event(&"n".repeat(253), &note, Timestamp::UNIX_EPOCH);
+        assert!(event.metadata.name.unwrap().len() <= 253);
+        let message = event.message.unwrap();
+        assert!(message.starts_with("Peer node-2 is refused: x"));
+        assert_eq!(message.len(), MESSAGE_MAX);
+        assert_eq!(event.involved_object.uid.as_deref(), Some("u"));
+    }
+}

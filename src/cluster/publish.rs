@@ -1,0 +1,269 @@
+//! Writes what this node publishes, and only when the Node says something else.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use gambeson_mesh::node::NodeRecord;
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, sleep_until};
+use tracing::{debug, info, warn};
+
+use super::backoff::Backoff;
+use super::connect::{Connector, RequestError};
+use super::object::{Condition, NodeObject};
+use super::store::{NodeStore, Nodes};
+use super::watch::Health;
+
+/// Waits after a failure.
+const FIRST_WAIT: Duration = Duration::from_millis(250);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// A patch that was accepted is not sent again before this, however the Node looks: the
+/// watch may be behind, or somebody takes the values back at once.
+const SAME_AGAIN: Duration = Duration::from_secs(10);
+/// Reason in the condition `NetworkUnavailable`.
+const UP_REASON: &str = "GambesonIsUp";
+/// Whom the API server names as the writer.
+const FIELD_MANAGER: &str = "gambeson";
+
+/// What this node wants its Node to say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Publication {
+    /// Values by annotation name without the prefix; `None` removes the annotation.
+    pub annotations: BTreeMap<String, Option<String>>,
+    /// Whether the pod network is up, which sets `NetworkUnavailable` to `False`.
+    pub network_up: bool,
+}
+
+/// The part of a [`Publication`] that the Node does not say yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    annotations: BTreeMap<String, Option<String>>,
+    network_up: bool,
+}
+
+impl Publication {
+    /// What has to be written, or `None` when the Node says it all. Annotations are written
+    /// all together or not at all, so that a reader never sees half of a change.
+    pub fn difference(
+        &self,
+        prefix: &str,
+        own: &NodeRecord,
+        condition: Option<&Condition>,
+    ) -> Option<Difference> {
+        let same = |(name, value): (&String, &Option<String>)| {
+            own.annotations.get(name).map(String::as_str) == value.as_deref()
+        };
+        let mut annotations = BTreeMap::new();
+        if !self.annotations.iter().all(same) {
+            for (name, value) in &self.annotations {
+                // Removing what is not there would be a change of its own to some servers.
+                if value.is_some() || own.annotations.contains_key(name) {
+                    annotations.insert(format!("{prefix}/{name}"), value.clone());
+                }
+            }
+        }
+        let said = condition
+            .is_some_and(|c| c.status == "False" && c.reason.as_deref() == Some(UP_REASON));
+        let network_up = self.network_up && !said;
+        let differs = network_up || !annotations.is_empty();
+        differs.then_some(Difference { annotations, network_up })
+    }
+}
+
+impl Difference {
+    /// The strategic-merge patch of `nodes/status` that writes it.
+    pub fn patch(&self, now: Timestamp) -> Value {
+        let mut patch = json!({});
+        if !self.annotations.is_empty() {
+            patch["metadata"] = json!({ "annotations": self.annotations });
+        }
+        if self.network_up {
+            let now = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+            patch["status"] = json!({ "conditions": [{
+                "type": "NetworkUnavailable",
+                "status": "False",
+                "reason": UP_REASON,
+                "message": "Gambeson is running on this node",
+                "lastTransitionTime": now,
+                "lastHeartbeatTime": now,
+            }]});
+        }
+        patch
+    }
+}
+
+/// Brings the Node to what was wanted last, in a task of its own.
+#[derive(Debug)]
+pub struct Publisher {
+    connector: Connector,
+    store: NodeStore,
+    node: String,
+    prefix: String,
+    wanted: watch::Receiver<Option<Publication>>,
+    health: Health,
+}
+
+impl Publisher {
+    /// Publishes each value of `wanted` on the Node `node` as long as `store` shows that it
+    /// says something else, and reports trouble on `health`.
+    pub fn new(
+        connector: Connector,
+        store: NodeStore,
+        node: &str,
+        prefix: &str,
+        wanted: watch::Receiver<Option<Publication>>,
+        health: Health,
+    ) -> Self {
+        let (node, prefix) = (node.to_owned(), prefix.to_owned());
+        Self { connector, store, node, prefix, wanted, health }
+    }
+
+    /// Publishes until nothing can be wanted any more.
+    pub async fn run(mut self) {
+        let mut changes = self.store.changes();
+        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        let mut last: Option<(Difference, Instant)> = None;
+        loop {
+            changes.mark_unchanged();
+            let difference = self.difference();
+            let again = last.as_ref().map(|(_, sent)| *sent + SAME_AGAIN);
+            let repeated = last.as_ref().map(|(sent, _)| sent) == difference.as_ref();
+            match difference {
+                Some(difference)
+                    if !repeated || again.is_some_and(|again| again <= Instant::now()) =>
+                {
+                    match self.send(&difference).await {
+                        Ok(()) => {
+                            backoff.reset();
+                            self.recovered(&difference);
+                            last = Some((difference, Instant::now()));
+                        }
+                        Err(error) => {
+                            self.report(&error);
+                            sleep(backoff.wait()).await;
+                        }
+                    }
+                    continue;
+                }
+                pending => {
+                    // Said already and not seen yet: look again later even if nothing happens.
+                    let later = pending.and(again).unwrap_or_else(|| Instant::now() + SAME_AGAIN);
+                    tokio::select! {
+                        _ = changes.changed() => {}
+                        wanted = self.wanted.changed() => if wanted.is_err() { return },
+                        () = sleep_until(later) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn difference(&mut self) -> Option<Difference> {
+        let nodes = self.store.nodes();
+        let wanted = self.wanted.borrow_and_update();
+        let own = Nodes::own(&nodes)?;
+        wanted.as_ref()?.difference(&self.prefix, own, nodes.own_condition())
+    }
+
+    async fn send(&self, difference: &Difference) -> Result<(), RequestError> {
+        let api: Api<NodeObject> = Api::all(self.connector.client().await?);
+        let patch = Patch::Strategic(difference.patch(Timestamp::now()));
+        let params =
+            PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+        self.connector.in_time(api.patch_status(&self.node, &params, &patch)).await?;
+        Ok(())
+    }
+
+    fn report(&self, error: &RequestError) {
+        let text = match error.code() {
+            Some(403) => format!(
+                "not allowed to publish on Node {}: {error}; grant patch on nodes/status",
+                self.node
+            ),
+            _ => format!("cannot publish on Node {}: {error}", self.node),
+        };
+        let before = self.health.send_replace(Some(text.clone()));
+        if before.is_none() {
+            warn!(error = text, "this node's annotations are not up to date; retrying");
+        } else {
+            debug!(error = text, "this node's annotations are still not up to date");
+        }
+    }
+
+    fn recovered(&self, difference: &Difference) {
+        self.health.send_replace(None);
+        info!(
+            node = self.node,
+            annotations = difference.annotations.len(),
+            network_up = difference.network_up,
+            "published"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn publication() -> Publication {
+        Publication {
+            annotations: BTreeMap::from([
+                ("port".to_owned(), Some("51820".to_owned())),
+                ("mtu".to_owned(), Some("1440".to_owned())),
+                ("next-public-key".to_owned(), None),
+            ]),
+            network_up: true,
+        }
+    }
+
+    fn record(annotations: &[(&str, &str)]) -> NodeRecord {
+        let annotations =
+            annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        NodeRecord { annotations, ..NodeRecord::default() }
+    }
+
+    fn up() -> Condition {
+        Condition {
+            kind: "NetworkUnavailable".into(),
+            status: "False".into(),
+            reason: Some(UP_REASON.into()),
+        }
+    }
+
+    #[test]
+    fn nothing_to_write_in_the_steady_state() {
+        let own = record(&[("port", "51820"), ("mtu", "1440"), ("config/endpoint", "192.0.2.1")]);
+        assert_eq!(publication().difference("gambeson.io", &own, Some(&up())), None);
+    }
+
+    #[test]
+    fn one_change_writes_all_annotations_in_one_patch() {
+        let own = record(&[("port", "51820"), ("mtu", "1400"), ("next-public-key", "old")]);
+        let difference = publication().difference("gambeson.io", &own, Some(&up())).unwrap();
+        let now = "2024-01-02T03:04:05.678Z".parse().unwrap();
+        assert_eq!(
+            difference.patch(now),
+            json!({ "metadata": { "annotations": {
+                "gambeson.io/port": "51820",
+                "gambeson.io/mtu": "1440",
+                "gambeson.io/next-public-key": null,
+            }}})
+        );
+    }
+
+    #[test]
+    fn the_condition_is_written_once_ready() {
+        let own = record(&[("port", "51820"), ("mtu", "1440")]);
+        let difference = publication().difference("gambeson.io", &own, None).unwrap();
+        let now = "2024-01-02T03:04:05.678Z".parse().unwrap();
+        let condition = &difference.patch(now)["status"]["conditions"][0];
+        assert_eq!(condition["lastTransitionTime"], "2024-01-02T03:04:05Z");
+        assert_eq!(condition["reason"], "GambesonIsUp");
+        let waiting = Publication { network_up: false, ..publication() };
+        assert_eq!(waiting.difference("gambeson.io", &own, None), None);
+    }
+}

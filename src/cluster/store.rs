@@ -1,0 +1,263 @@
+//! The Nodes as last known, kept through outages and refused lists.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use gambeson_mesh::NodeName;
+use gambeson_mesh::node::NodeRecord;
+use gambeson_mesh::topology::{Implausible, plausible};
+use tokio::sync::watch;
+
+use super::object::{Condition, NodeObject};
+
+/// The Nodes of the cluster, shared between the task that watches them and those that read.
+#[derive(Debug, Clone)]
+pub struct NodeStore {
+    state: Arc<Mutex<Nodes>>,
+    revision: watch::Sender<u64>,
+}
+
+/// What is known of the cluster's Nodes.
+#[derive(Debug, Default)]
+pub struct Nodes {
+    own_name: NodeName,
+    prefix: String,
+    records: BTreeMap<NodeName, NodeRecord>,
+    own_condition: Option<Condition>,
+    /// Resource version up to which everything has been seen. Events at or below it are
+    /// duplicates or late.
+    seen: Option<u64>,
+    listed: bool,
+}
+
+impl NodeStore {
+    /// An empty store of the agent on `own_name`, for annotations below `prefix`.
+    pub fn new(own_name: &str, prefix: &str) -> Self {
+        let nodes =
+            Nodes { own_name: own_name.to_owned(), prefix: prefix.to_owned(), ..Nodes::default() };
+        Self { state: Arc::new(Mutex::new(nodes)), revision: watch::Sender::new(0) }
+    }
+
+    /// The Nodes as they are now. Not to be held across an await.
+    pub fn nodes(&self) -> MutexGuard<'_, Nodes> {
+        // A panic while the lock was held cannot leave half a change: each is one assignment.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes whenever the Nodes do.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.revision.subscribe()
+    }
+
+    /// Replaces everything by a complete list as of `version`, unless it is implausible.
+    ///
+    /// # Errors
+    /// [`Implausible`]; what was known is kept.
+    pub fn replace(&self, listed: &[NodeObject], version: Option<u64>) -> Result<(), Implausible> {
+        let changed = self.nodes().replace(listed, version)?;
+        self.announce(changed);
+        Ok(())
+    }
+
+    /// Takes in a Node that was added or modified.
+    pub fn apply(&self, node: &NodeObject) {
+        let changed = self.nodes().apply(node);
+        self.announce(changed);
+    }
+
+    /// Forgets a Node that was deleted.
+    pub fn delete(&self, node: &NodeObject) {
+        let changed = self.nodes().delete(node);
+        self.announce(changed);
+    }
+
+    fn announce(&self, changed: bool) {
+        if changed {
+            self.revision.send_modify(|revision| *revision += 1);
+        }
+    }
+}
+
+impl Nodes {
+    /// Every Node by name.
+    pub fn records(&self) -> &BTreeMap<NodeName, NodeRecord> {
+        &self.records
+    }
+
+    /// The agent's own Node, once it is known.
+    pub fn own(&self) -> Option<&NodeRecord> {
+        self.records.get(&self.own_name)
+    }
+
+    /// `NetworkUnavailable` of the agent's own Node.
+    pub fn own_condition(&self) -> Option<&Condition> {
+        self.own_condition.as_ref()
+    }
+
+    /// Whether a list has been received since the agent started.
+    pub fn listed(&self) -> bool {
+        self.listed
+    }
+
+    fn replace(
+        &mut self,
+        listed: &[NodeObject],
+        version: Option<u64>,
+    ) -> Result<bool, Implausible> {
+        let records: BTreeMap<_, _> = listed
+            .iter()
+            .map(|node| node.record(&self.prefix))
+            .filter(|record| !record.name.is_empty())
+            .map(|record| (record.name.clone(), record))
+            .collect();
+        // Before this agent's own Node is known it acts on nothing, and a list without it is
+        // simply the truth: the kubelet has not registered it yet.
+        if self.own().is_some() {
+            plausible(&records, &self.own_name)?;
+        }
+        let own = listed.iter().find(|node| node.name() == self.own_name);
+        let condition = own.and_then(|node| node.network_unavailable().cloned());
+        let changed = !self.listed || records != self.records || condition != self.own_condition;
+        self.records = records;
+        self.own_condition = condition;
+        self.listed = true;
+        self.seen = version;
+        Ok(changed)
+    }
+
+    fn apply(&mut self, node: &NodeObject) -> bool {
+        let record = node.record(&self.prefix);
+        if record.name.is_empty() || !self.is_news(node) {
+            return false;
+        }
+        let mut changed = false;
+        if record.name == self.own_name {
+            let condition = node.network_unavailable().cloned();
+            changed |= condition != self.own_condition;
+            self.own_condition = condition;
+        }
+        if self.records.get(&record.name) != Some(&record) {
+            self.records.insert(record.name.clone(), record);
+            changed = true;
+        }
+        changed
+    }
+
+    fn delete(&mut self, node: &NodeObject) -> bool {
+        if !self.is_news(node) {
+            return false;
+        }
+        // A Node that was made again under the same name is not the one that was deleted.
+        let uid = node.metadata.uid.as_deref().unwrap_or_default();
+        if self.records.get(node.name()).is_none_or(|known| known.uid != uid) {
+            return false;
+        }
+        if node.name() == self.own_name {
+            self.own_condition = None;
+        }
+        self.records.remove(node.name()).is_some()
+    }
+
+    /// Whether an event is newer than everything seen. Versions that are not numbers cannot
+    /// be compared, and are believed.
+    fn is_news(&mut self, node: &NodeObject) -> bool {
+        let Some(version) = node.version() else { return true };
+        if self.seen.is_some_and(|seen| version <= seen) {
+            return false;
+        }
+        self.seen = Some(version);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn node(name: &str, version: u64, port: &str) -> NodeObject {
+        serde_json::from_value(json!({
+            "metadata": {
+                "name": name, "uid": format!("uid-{name}"), "resourceVersion": version.to_string(),
+                "annotations": {"gambeson.io/port": port},
+            },
+        }))
+        .unwrap()
+    }
+
+    fn store() -> NodeStore {
+        let store = NodeStore::new("a", "gambeson.io");
+        store.replace(&[node("a", 1, "1"), node("b", 2, "2")], Some(10)).unwrap();
+        store
+    }
+
+    fn names(store: &NodeStore) -> Vec<String> {
+        store.nodes().records().keys().cloned().collect()
+    }
+
+    #[test]
+    fn a_list_replaces_everything_at_once() {
+        let store = store();
+        store.replace(&[node("a", 11, "1"), node("c", 12, "1")], Some(12)).unwrap();
+        assert_eq!(names(&store), ["a", "c"]);
+    }
+
+    #[test]
+    fn a_list_that_would_take_the_network_down_is_refused() {
+        let store = store();
+        assert_eq!(store.replace(&[], Some(20)), Err(Implausible::Empty));
+        let listed = [node("b", 2, "2")];
+        let refused = Implausible::OwnNodeMissing { name: "a".into() };
+        assert_eq!(store.replace(&listed, Some(20)), Err(refused));
+        assert_eq!(names(&store), ["a", "b"]);
+    }
+
+    #[test]
+    fn before_anything_is_known_any_list_is_believed() {
+        let store = NodeStore::new("a", "gambeson.io");
+        assert!(!store.nodes().listed());
+        store.replace(&[], Some(1)).unwrap();
+        assert!(store.nodes().listed());
+        store.replace(&[node("b", 2, "2")], Some(2)).unwrap();
+        store.apply(&node("a", 3, "1"));
+        assert!(store.nodes().own().is_some());
+    }
+
+    #[test]
+    fn late_duplicate_and_reordered_events_change_nothing() {
+        let store = store();
+        let changes = store.changes();
+        store.apply(&node("b", 9, "old"));
+        store.apply(&node("b", 12, "new"));
+        store.apply(&node("b", 11, "reordered"));
+        store.apply(&node("b", 12, "duplicate"));
+        assert_eq!(store.nodes().records()["b"].annotations["port"], "new");
+        store.delete(&node("b", 13, ""));
+        store.apply(&node("b", 12, "late"));
+        store.delete(&node("b", 13, ""));
+        assert_eq!(names(&store), ["a"]);
+        assert_eq!(*changes.borrow(), 3, "list, change, delete");
+    }
+
+    #[test]
+    fn deleting_the_former_holder_of_a_name_keeps_the_new_one() {
+        let store = store();
+        let mut former = node("b", 14, "");
+        former.metadata.uid = Some("another".into());
+        store.delete(&former);
+        assert_eq!(names(&store), ["a", "b"]);
+    }
+
+    #[test]
+    fn only_real_changes_are_announced() {
+        let store = store();
+        let mut changes = store.changes();
+        changes.mark_unchanged();
+        store.apply(&node("b", 15, "2"));
+        store.replace(&[node("a", 1, "1"), node("b", 2, "2")], Some(16)).unwrap();
+        assert!(!changes.has_changed().unwrap());
+        store.apply(&node("b", 17, "3"));
+        assert!(changes.has_changed().unwrap());
+    }
+}
