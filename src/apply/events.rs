@@ -1,19 +1,28 @@
 //! Kernel events, reduced to "look again".
 
+use std::ffi::CStr;
 use std::io;
 
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket, AsyncSocketExt, TokioSocket};
 use nix::libc::{
-    ENOBUFS, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR,
-    RTNLGRP_IPV6_NETCONF, RTNLGRP_IPV6_ROUTE, RTNLGRP_LINK,
+    ENOBUFS, RT_TABLE_MAIN, RTM_DELROUTE, RTM_NEWROUTE, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_NETCONF,
+    RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_NETCONF, RTNLGRP_IPV6_ROUTE,
+    RTNLGRP_LINK,
 };
 
-use super::ApplyError;
+use super::netlink::{attributes, split_message};
+use super::{ApplyError, generation};
 
 /// `NFNLGRP_NFTABLES` of linux/netfilter/nfnetlink.h.
 const NFTABLES_GROUP: u32 = 7;
+/// More than the kernel puts into one datagram.
 const BUFFER_BYTES: usize = 64 << 10;
+/// Place of `rtm_table` in a route message: after the netlink header and four bytes.
+const RTM_TABLE: usize = 16 + 4;
+/// The attribute that names the table, in every kind of nftables message.
+const NFT_TABLE_NAME: u16 = 1;
+const OUR_TABLE: &CStr = c"gambeson";
 
 /// Changes of links, addresses, routes, per-device settings and nftables in the network
 /// namespace of the thread that subscribed, whoever made them: ours come back too.
@@ -51,42 +60,74 @@ impl Events {
         Ok(Self { route, nftables })
     }
 
-    /// Waits until something changed. Everything that has arrived by then counts as one
-    /// change. Events that were lost because too many came at once count as well.
+    /// Waits until something changed that may concern this node's mesh. Everything that has
+    /// arrived by then counts as one change. Events that were lost because too many came at
+    /// once count as well.
     ///
     /// # Errors
     /// [`ApplyError::Events`] when a socket cannot be read; subscribe again.
     pub async fn changed(&mut self) -> Result<(), ApplyError> {
-        let (mut route, mut nftables) =
-            (Vec::with_capacity(BUFFER_BYTES), Vec::with_capacity(BUFFER_BYTES));
-        let first = tokio::select! {
-            result = self.route.recv(&mut route) => result,
-            result = self.nftables.recv(&mut nftables) => result,
-        };
-        read(first)?;
-        for socket in [&self.route, &self.nftables] {
-            drain(socket)?;
+        loop {
+            let mut buffer = Vec::with_capacity(BUFFER_BYTES);
+            let mut other = Vec::with_capacity(BUFFER_BYTES);
+            let first = tokio::select! {
+                result = self.route.recv(&mut buffer) => result,
+                result = self.nftables.recv(&mut other) => result,
+            };
+            let mut concerned = concerns_us(first, &buffer)? | concerns_us(Ok(()), &other)?;
+            for socket in [&self.route, &self.nftables] {
+                concerned |= drain(socket)?;
+            }
+            if concerned {
+                return Ok(());
+            }
         }
-        Ok(())
     }
 }
 
-/// Takes what is queued, without waiting.
-fn drain(socket: &TokioSocket) -> Result<(), ApplyError> {
+/// Takes what is queued, without waiting, and says whether any of it concerns us.
+fn drain(socket: &TokioSocket) -> Result<bool, ApplyError> {
+    let mut concerned = false;
     let mut buffer = Vec::with_capacity(BUFFER_BYTES);
     loop {
         buffer.clear();
         match socket.socket_ref().recv(&mut buffer, 0) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            result => read(result.map(drop))?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(concerned),
+            result => concerned |= concerns_us(result.map(drop), &buffer)?,
         }
     }
 }
 
-fn read(result: io::Result<()>) -> Result<(), ApplyError> {
+/// Whether anything read may concern us: lost events do.
+fn concerns_us(result: io::Result<()>, mut bytes: &[u8]) -> Result<bool, ApplyError> {
     match result {
-        Err(error) if error.raw_os_error() == Some(ENOBUFS) => Ok(()),
-        result => result.map_err(|source| ApplyError::Events { source }),
+        Err(error) if error.raw_os_error() == Some(ENOBUFS) => return Ok(true),
+        result => result.map_err(|source| ApplyError::Events { source })?,
+    }
+    while let Some((message, rest)) = split_message(bytes) {
+        if is_relevant(message) {
+            return Ok(true);
+        }
+        bytes = rest;
+    }
+    Ok(false)
+}
+
+/// Leaves out what a busy node does all the time: other tables of nftables (kube-proxy) and
+/// of routes (routing daemons). Everything else is relevant.
+fn is_relevant(message: &[u8]) -> bool {
+    let kind = message.get(4..6).map_or(0, |b| u16::from_ne_bytes([b[0], b[1]]));
+    match (kind, kind >> 8) {
+        (RTM_NEWROUTE | RTM_DELROUTE, _) => {
+            message.get(RTM_TABLE).is_none_or(|table| *table == RT_TABLE_MAIN)
+        }
+        (_, subsystem) if subsystem == u16::from(generation::NFTABLES) => {
+            let body = message.get(generation::HEADER_BYTES..).unwrap_or_default();
+            attributes(body).any(|(kind, value)| {
+                kind == NFT_TABLE_NAME && value == OUR_TABLE.to_bytes_with_nul()
+            })
+        }
+        _ => true,
     }
 }
 

@@ -6,6 +6,7 @@
 
 mod error;
 mod events;
+mod generation;
 pub(crate) mod link;
 pub(crate) mod netlink;
 mod nft;
@@ -83,7 +84,7 @@ impl Kernel {
         }
         observed.routes = route::observe(&mut self.netlink, &devices).await?;
         observed.sysctls = sysctl::observe(devices.into_values())?;
-        if let Some(written) = &self.ruleset
+        if let Some(written) = &mut self.ruleset
             && nft::is_intact(written).await?
         {
             observed.ruleset = Some(written.ruleset.clone());

@@ -151,6 +151,18 @@ pub(super) fn split_message(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((&bytes[..length], &bytes[aligned..]))
 }
 
+/// The attributes of a message body: their type and value. Ends at the first that is broken.
+pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(*bytes.first_chunk()?));
+        let kind = u16::from_ne_bytes(*bytes.get(2..)?.first_chunk()?);
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        // The upper bits say that it is nested or in network order.
+        Some((kind & 0x3fff, value))
+    })
+}
+
 fn is_transient(error: &io::Error) -> bool {
     use nix::libc::{EAGAIN, EBUSY, ENOBUFS};
     matches!(error.raw_os_error(), Some(INTERRUPTED | EAGAIN | EBUSY | ENOBUFS))

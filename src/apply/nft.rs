@@ -14,7 +14,7 @@ use serde_json::Value;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 
-use super::ApplyError;
+use super::{ApplyError, generation};
 
 /// What the guard has dropped since its table was first made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -42,6 +42,8 @@ const KUBE_MARK: &str = "0x4000";
 pub(super) struct Written {
     pub(super) ruleset: Ruleset,
     listing: Value,
+    /// The namespace's ruleset generation at which the table was seen to be intact.
+    generation: Option<u32>,
 }
 
 /// Writes the ruleset and remembers how it is listed.
@@ -54,13 +56,27 @@ pub(super) async fn write(ruleset: &Ruleset) -> Result<Written, ApplyError> {
         _ => render(ruleset)?,
     };
     run(&["-f", "-"], Some(&text), "load table inet gambeson").await?;
+    let generation = generation().await;
     let listing = list().await?.ok_or(ApplyError::NoCounter { name: OUT })?;
-    Ok(Written { ruleset: ruleset.clone(), listing: normalised(listing) })
+    Ok(Written { ruleset: ruleset.clone(), listing: normalised(listing), generation })
 }
 
 /// Whether the table still is exactly what was written.
-pub(super) async fn is_intact(written: &Written) -> Result<bool, ApplyError> {
-    Ok(list().await?.is_some_and(|listing| normalised(listing) == written.listing))
+pub(super) async fn is_intact(written: &mut Written) -> Result<bool, ApplyError> {
+    // Read before the table: a change in between is seen the next time.
+    let generation = generation().await;
+    if generation.is_some() && generation == written.generation {
+        return Ok(true);
+    }
+    let intact = list().await?.is_some_and(|listing| normalised(listing) == written.listing);
+    written.generation = generation.filter(|_| intact);
+    Ok(intact)
+}
+
+/// The ruleset's generation. Without it the table is listed each time.
+async fn generation() -> Option<u32> {
+    let number = generation::read().await;
+    number.inspect_err(|error| tracing::debug!(%error, "no nftables generation")).ok()
 }
 
 /// Reads the guard's counters.
@@ -73,7 +89,7 @@ pub(super) async fn drops() -> Result<GuardDrops, ApplyError> {
 
 /// The transaction that makes the table, or brings one that was made by it to `ruleset`,
 /// with its counters untouched.
-fn render(ruleset: &Ruleset) -> Result<String, ApplyError> {
+pub(super) fn render(ruleset: &Ruleset) -> Result<String, ApplyError> {
     render_over(ruleset, None)
 }
 

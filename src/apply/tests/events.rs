@@ -64,3 +64,22 @@ fn a_burst_is_few_events_and_observing_is_none() {
         assert!(timeout(QUIET, events.changed()).await.is_err());
     });
 }
+
+#[test]
+fn what_others_do_all_the_time_is_no_event() {
+    in_namespace(async || {
+        let mut kernel = kernel().await;
+        execute(&mut kernel, [Action::SetRuleset(ruleset(true))]).await;
+        let mut events = Events::subscribe().unwrap();
+        settle(&mut events).await;
+        sh(
+            "nft add table inet other; nft add chain inet other c; nft add rule inet other c accept",
+        );
+        sh("ip route add 10.9.0.0/16 dev lo table 100; ip -6 route add fd09::/64 dev lo table 100");
+        assert!(timeout(QUIET, events.changed()).await.is_err());
+        // The other table's changes do not hide ours.
+        sh("nft delete table inet other; nft delete table inet gambeson");
+        timeout(SOON, events.changed()).await.unwrap().unwrap();
+        assert_eq!(kernel.observe().await.unwrap().ruleset, None);
+    });
+}

@@ -4,4 +4,6 @@ mod events;
 mod firewall;
 mod links;
 pub(crate) mod namespace;
+mod render;
+mod round;
 mod routes;

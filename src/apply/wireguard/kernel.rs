@@ -2,9 +2,11 @@
 //! that purpose, and its known limits end here: it makes a link that is missing, gives a peer
 //! that spans several messages as several peers, and reads without looking at sequence flags.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::time::SystemTime;
 
+use gambeson_keys::PublicKey;
 use gambeson_mesh::observed::{ObservedPeer, ObservedWireGuard};
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
@@ -22,7 +24,7 @@ const PEERS_PER_REQUEST: usize = 128;
 pub(super) async fn read(device: DeviceName) -> Result<Option<ObservedWireGuard>, ApplyError> {
     let name = interface(device).map_err(|source| ApplyError::ReadWireGuard { device, source })?;
     match blocking(move || Device::get(&name, Backend::Kernel)).await {
-        Ok(found) => Ok(Some(merge(&found, SystemTime::now()))),
+        Ok(found) => Ok(Some(state_of(&found, SystemTime::now()))),
         // The link went since it was seen.
         Err(error) if matches!(error.raw_os_error(), Some(ENODEV | EOPNOTSUPP)) => Ok(None),
         Err(source) => Err(ApplyError::ReadWireGuard { device, source }),
@@ -62,25 +64,29 @@ fn builder(peer: &PeerEntry) -> PeerConfigBuilder {
     if peer.remove { builder.remove() } else { builder }
 }
 
-/// The device with each peer once. The kernel repeats a peer whose prefixes do not fit in
-/// one message, with its key and the other prefixes only.
-fn merge(found: &Device, now: SystemTime) -> ObservedWireGuard {
-    let mut state = ObservedWireGuard {
+fn state_of(found: &Device, now: SystemTime) -> ObservedWireGuard {
+    ObservedWireGuard {
         public_key: found.public_key.as_ref().and_then(|key| public_key(key.as_bytes())),
         listen_port: found.listen_port.unwrap_or(0),
-        ..ObservedWireGuard::default()
-    };
-    for peer in &found.peers {
-        let Some(key) = public_key(peer.config.public_key.as_bytes()) else { continue };
-        let prefixes = peer
-            .config
-            .allowed_ips
-            .iter()
-            .filter_map(|ip| IpNet::new(ip.address, ip.cidr).ok())
-            .map(|network| network.trunc());
-        state.peers.entry(key).or_insert_with(|| peer_of(peer, now)).allowed_ips.extend(prefixes);
+        peers: merge_peers(&found.peers, now),
     }
-    state
+}
+
+/// Each peer once. The kernel repeats a peer whose prefixes do not fit in one message, with
+/// its key and the other prefixes only.
+pub(super) fn merge_peers(
+    peers: &[PeerInfo],
+    now: SystemTime,
+) -> BTreeMap<PublicKey, ObservedPeer> {
+    let mut merged = BTreeMap::new();
+    for peer in peers {
+        let Some(key) = public_key(peer.config.public_key.as_bytes()) else { continue };
+        let allowed_ips = peer.config.allowed_ips.iter();
+        let prefixes = allowed_ips.filter_map(|ip| IpNet::new(ip.address, ip.cidr).ok());
+        let entry = merged.entry(key).or_insert_with(|| peer_of(peer, now));
+        entry.allowed_ips.extend(prefixes.map(|network| network.trunc()));
+    }
+    merged
 }
 
 fn peer_of(peer: &PeerInfo, now: SystemTime) -> ObservedPeer {

@@ -7,6 +7,8 @@
 //! removed with it.
 
 mod kernel;
+#[cfg(test)]
+mod tests;
 mod userspace;
 
 use std::collections::BTreeSet;

@@ -121,7 +121,7 @@ fn socket(device: DeviceName) -> PathBuf {
     Path::new(SOCKETS).join(format!("{device}.sock"))
 }
 
-fn render(update: &Update<'_>) -> String {
+pub(super) fn render(update: &Update<'_>) -> String {
     let mut text = "set=1\n".to_owned();
     let mut line = |key: &str, value: &dyn std::fmt::Display| {
         let _ = writeln!(text, "{key}={value}");
@@ -161,7 +161,7 @@ impl std::fmt::Display for Hex<'_> {
 
 /// Reads the answer to `get=1`. Keys that are not known here are left out, as the protocol
 /// demands.
-fn parse(text: &str, now: SystemTime) -> io::Result<ObservedWireGuard> {
+pub(super) fn parse(text: &str, now: SystemTime) -> io::Result<ObservedWireGuard> {
     let mut state = ObservedWireGuard::default();
     let mut peers: BTreeMap<PublicKey, (ObservedPeer, Duration)> = BTreeMap::new();
     let mut peer: Option<PublicKey> = None;
