@@ -109,6 +109,20 @@ fn a_peer_that_takes_the_key_of_another_keeps_its_own() {
     assert!(matches!(mesh.refused["node-2"], Refusal::DuplicateKey { .. }));
 }
 
+#[test]
+fn a_refused_incumbent_keeps_what_it_had_in_the_same_set() {
+    let mut topology = Topology::new();
+    let (second, third) = (record(&local(2, 0)), record(&local(3, 0)));
+    let good = resolve(&mut topology, &[second.clone(), third.clone()]);
+    let mut greedy = second.clone();
+    set(&mut greedy, "next-public-key", &key(3).to_string());
+    let mut vulture = record(&local(4, 0));
+    vulture.pod_cidrs = second.pod_cidrs;
+    let mesh = resolve(&mut topology, &[greedy, third, vulture]);
+    assert_eq!(mesh.peers, good.peers);
+    assert!(matches!(&mesh.refused["node-4"], Refusal::Overlap { owner, .. } if owner == "node-2"));
+}
+
 // Fault 17.
 #[test]
 fn a_generation_that_goes_back_is_ignored_and_reported() {
