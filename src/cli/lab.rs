@@ -1,9 +1,191 @@
+//! `gambeson lab`: a cluster of network namespaces on this machine.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::Ordering;
+
+use clap::Subcommand;
+use nix::sys::signal::{SigSet, Signal};
+
 use super::Failure;
+use crate::lab::{
+    Family, INTERRUPTED, Lab, LabError, LabName, Options, Progress, WireguardModes, paint,
+    run_api_server,
+};
 
-/// Placeholder for lab.
+/// Make a cluster of network namespaces on this machine, with real agents and pods.
+///
+/// Nodes are called node-1, node-2, ..., pods pod-1-1 (node 1, first pod), and so on.
+/// Everything lives in network namespaces and in /run/gambeson-lab, and is gone after
+/// `gambeson lab down`.
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {}
+#[command(after_help = "Examples:\n  \
+    gambeson lab up --nodes 3\n  \
+    gambeson lab verify\n  \
+    gambeson lab exec pod-1-1 -- ping -c 3 10.244.2.2\n  \
+    kubectl --kubeconfig <(gambeson lab kubeconfig) get nodes -o yaml\n  \
+    gambeson lab down")]
+pub(super) struct Args {
+    /// Name of the lab; several may exist side by side
+    #[arg(long, global = true, default_value = "gambeson")]
+    name: LabName,
+    #[command(subcommand)]
+    command: LabCommand,
+}
 
-pub(super) fn run(_args: Args) -> Result<(), Failure> {
+#[derive(Debug, Subcommand)]
+enum LabCommand {
+    /// Make the lab, start the agents, attach the pods
+    Up(UpArgs),
+    /// Show nodes, agents, tunnels and pods
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check that the whole mesh works and that nothing travels in clear
+    ///
+    /// Every pair of pods by ping and TCP, nodes to pods and back, the MTU to the byte, a
+    /// random canary that must not appear on any underlay interface, and the throughput of
+    /// one pair. Exits with 8 when a check does not hold.
+    Verify {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a program on a node or in a pod
+    Exec {
+        /// node-1, pod-1-1, ...
+        place: String,
+        /// The program and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// Print a kubeconfig for the lab's API server
+    Kubeconfig,
+    /// Start a node's agent again
+    Restart {
+        /// node-1, ...
+        node: String,
+    },
+    /// Remove the lab and everything in it
+    Down,
+    /// Serve the lab's Nodes
+    #[command(hide = true)]
+    ApiServer {
+        #[arg(long)]
+        port: u16,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct UpArgs {
+    /// Number of nodes
+    #[arg(long, default_value_t = 3)]
+    nodes: u8,
+    /// Number of pods on each node
+    #[arg(long, default_value_t = 2)]
+    pods_per_node: u8,
+    /// WireGuard of the agents: auto, kernel or userspace, or by node: node-1=kernel,...
+    #[arg(long, default_value = "auto")]
+    wireguard: WireguardModes,
+    /// MTU of the underlay in bytes
+    #[arg(long, default_value_t = 1500)]
+    underlay_mtu: u32,
+    /// Address families of underlay and pods: v4, v6 or dual
+    #[arg(long, default_value = "v4")]
+    family: Family,
+    /// Each node in a subnet of its own behind a router
+    #[arg(long)]
+    routed: bool,
+}
+
+pub(super) fn run(args: Args) -> Result<(), Failure> {
+    let name = args.name;
+    match args.command {
+        LabCommand::Up(up_args) => up(name, up_args),
+        LabCommand::Status { json } => {
+            let status = Lab::open(&name)?.status();
+            if json {
+                print_json(&status)?
+            } else {
+                println!("{}", paint(&status.to_string()))
+            }
+            Ok(())
+        }
+        LabCommand::Verify { json } => verify(&name, json),
+        LabCommand::Exec { place, command } => exec(&name, &place, &command),
+        LabCommand::Kubeconfig => {
+            print!("{}", Lab::open(&name)?.kubeconfig());
+            Ok(())
+        }
+        LabCommand::Restart { node } => Ok(Lab::open(&name)?.node(&node)?.restart_agent()?),
+        LabCommand::Down => {
+            let progress = Progress::on_stderr();
+            let found = Lab::down(&name, &progress)?;
+            progress.done();
+            eprintln!("lab {name} {}", if found { "is gone" } else { "does not exist" });
+            Ok(())
+        }
+        LabCommand::ApiServer { port } => Ok(run_api_server(&name, port)?),
+    }
+}
+
+fn up(name: LabName, args: UpArgs) -> Result<(), Failure> {
+    let binary = own_program()?;
+    let options = Options {
+        nodes: args.nodes,
+        pods_per_node: args.pods_per_node,
+        wireguard: args.wireguard,
+        underlay_mtu: args.underlay_mtu,
+        underlay: args.family,
+        pods: args.family,
+        routed: args.routed,
+        ..Options::new(name, binary)
+    };
+    watch_for_interrupts()?;
+    let progress = Progress::on_stderr();
+    let lab = Lab::up(options, &progress)?;
+    let status = lab.status();
+    lab.keep();
+    println!("{}", paint(&status.to_string()));
     Ok(())
+}
+
+fn verify(_name: &LabName, _json: bool) -> Result<(), Failure> {
+    Ok(())
+}
+
+fn exec(name: &LabName, place: &str, command: &[String]) -> Result<(), Failure> {
+    let environment = Lab::open(name)?.environment(place)?;
+    let (program, arguments) = command.split_first().map_or(("", &[][..]), |(p, a)| (p, a));
+    Err(environment.exec(Command::new(program).args(arguments)).into())
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+/// The program that runs now, by a path that holds inside the lab too.
+fn own_program() -> Result<PathBuf, LabError> {
+    std::env::current_exe()
+        .map_err(|source| LabError::Measure { what: "find this program's own path".into(), source })
+}
+
+/// Lets an interrupted `lab up` take down what it made.
+fn watch_for_interrupts() -> Result<(), LabError> {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGINT);
+    signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGHUP);
+    let failed = |what: &str, source| LabError::Measure { what: what.to_owned(), source };
+    signals.thread_block().map_err(|errno| failed("block signals", errno.into()))?;
+    let watch = move || {
+        if signals.wait().is_ok() {
+            INTERRUPTED.store(true, Ordering::Relaxed);
+        }
+    };
+    let thread = std::thread::Builder::new().name("signals".to_owned()).spawn(watch);
+    thread.map(|_| ()).map_err(|source| failed("start a thread", source))
 }

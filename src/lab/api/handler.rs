@@ -1,0 +1,260 @@
+//! One request: what it is about, what goes wrong with it on purpose, and what the store
+//! makes of it.
+
+use std::collections::HashMap;
+use std::future::pending;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::{ConnectInfo, Query, State};
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use super::discovery;
+use super::error::ApiError;
+use super::fault::{Effect, Fault, Faults, Request};
+use super::object::metadata;
+use super::patch::PatchType;
+use super::resource::Resource;
+use super::selector::Selector;
+use super::store::Store;
+use super::table::Format;
+use super::target::{Subresource, Target};
+use super::watch;
+
+/// What every request works on.
+#[derive(Debug, Clone)]
+pub(super) struct Shared {
+    pub(super) store: Arc<Store>,
+    pub(super) faults: Arc<Faults>,
+}
+
+type Parameters = HashMap<String, String>;
+
+/// `GET` and `PUT /lab/faults`: the faults in force.
+pub(super) async fn get_faults(State(shared): State<Shared>) -> Json<Vec<Fault>> {
+    Json(shared.faults.list())
+}
+
+pub(super) async fn put_faults(
+    State(shared): State<Shared>,
+    Json(faults): Json<Vec<Fault>>,
+) -> StatusCode {
+    shared.faults.set(faults);
+    StatusCode::NO_CONTENT
+}
+
+/// Every other path.
+pub(super) async fn handle(
+    State(shared): State<Shared>,
+    ConnectInfo(client): ConnectInfo<SocketAddr>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    if method == Method::GET
+        && let Some(response) = discovery::answer(uri.path())
+    {
+        return response;
+    }
+    let call = match Call::parse(shared, client.ip().to_canonical(), &method, &uri, headers) {
+        Ok(call) => call,
+        Err(error) => return error.into_response(),
+    };
+    call.answer(&body).await.unwrap_or_else(IntoResponse::into_response)
+}
+
+struct Call {
+    shared: Shared,
+    target: Target,
+    parameters: Parameters,
+    headers: HeaderMap,
+    request: Request,
+}
+
+impl Call {
+    fn parse(
+        shared: Shared,
+        client: IpAddr,
+        method: &Method,
+        uri: &Uri,
+        headers: HeaderMap,
+    ) -> Result<Self, ApiError> {
+        let target = Target::parse(uri.path()).ok_or_else(ApiError::unknown_path)?;
+        let Query(parameters) = Query::<Parameters>::try_from_uri(uri)
+            .map_err(|error| ApiError::bad_request(error.body_text()))?;
+        if parameters.get("dryRun").is_some_and(|value| !value.is_empty()) {
+            return Err(ApiError::bad_request("the lab's API server does no dry runs"));
+        }
+        let verb = match (method, &target.name) {
+            (&Method::GET, None) if is_true(&parameters, "watch") => "watch",
+            (&Method::GET, None) => "list",
+            (&Method::GET, Some(_)) => "get",
+            (&Method::POST, None) => "create",
+            (&Method::PUT, Some(_)) => "update",
+            (&Method::PATCH, Some(_)) => "patch",
+            (&Method::DELETE, Some(_)) if target.subresource == Subresource::Main => "delete",
+            _ => return Err(ApiError::method_not_allowed()),
+        };
+        let request = Request { verb, resource: target.resource.plural, client: Some(client) };
+        Ok(Self { shared, target, parameters, headers, request })
+    }
+
+    async fn answer(self, body: &[u8]) -> Result<Response, ApiError> {
+        let fault = self
+            .shared
+            .faults
+            .take(&self.request, |effect| matches!(effect, Effect::Status { .. } | Effect::Hang));
+        match fault {
+            Some(Effect::Status { code, retry_after }) => {
+                return Err(ApiError::injected(code, retry_after));
+            }
+            Some(_) => pending::<()>().await,
+            None => {}
+        }
+        match self.request.verb {
+            "watch" => self.watch(),
+            "list" => self.list(),
+            "create" => self.create(body),
+            verb => self.on_object(verb, body),
+        }
+    }
+
+    fn on_object(&self, verb: &str, body: &[u8]) -> Result<Response, ApiError> {
+        let Target { resource, namespace, name, subresource } = &self.target;
+        let name = name.as_deref().unwrap_or_default();
+        let key = (*resource, namespace.as_str(), name);
+        let store = &self.shared.store;
+        let object = match verb {
+            "get" => store.get(resource, namespace, name)?,
+            "update" => {
+                let new = self.json_body(body)?;
+                if metadata(&new, "name") != name {
+                    let message = "the name of the object does not match the name on the URL";
+                    return Err(ApiError::bad_request(message));
+                }
+                store.update(key, *subresource, |_| Ok(new))?
+            }
+            "patch" => {
+                let kind = PatchType::from_content_type(self.content_type())?;
+                let patch = parse_json(body)?;
+                store.update(key, *subresource, |old| kind.apply(old, &patch))?
+            }
+            _ => {
+                let options = if body.is_empty() { Value::Null } else { self.json_body(body)? };
+                let deleted = store.delete(key, &options["preconditions"])?;
+                return Ok(Json(deletion(resource, &deleted)).into_response());
+            }
+        };
+        Ok(Json(self.format().object(resource, &object)).into_response())
+    }
+
+    fn create(&self, body: &[u8]) -> Result<Response, ApiError> {
+        let Target { resource, namespace, .. } = &self.target;
+        if resource.namespaced && namespace.is_empty() {
+            return Err(ApiError::method_not_allowed());
+        }
+        let object = self.shared.store.create(resource, namespace, self.json_body(body)?)?;
+        let object = self.format().object(resource, &object);
+        Ok((StatusCode::CREATED, Json(object)).into_response())
+    }
+
+    fn list(&self) -> Result<Response, ApiError> {
+        let Target { resource, namespace, .. } = &self.target;
+        let selector = self.selector()?;
+        let listing = self.shared.store.list(resource, namespace);
+        let empty = self.shared.faults.take(&self.request, |e| *e == Effect::EmptyList).is_some();
+        let objects: Vec<&Value> = listing
+            .objects
+            .iter()
+            .map(AsRef::as_ref)
+            .filter(|object| !empty && selector.matches(object))
+            .collect();
+        Ok(Json(self.format().list(resource, listing.revision, &objects)).into_response())
+    }
+
+    fn watch(self) -> Result<Response, ApiError> {
+        let number = |key: &str| {
+            let text = self.parameters.get(key).filter(|text| !text.is_empty());
+            text.map(|text| {
+                let message = format!("{key}: Invalid value: \"{text}\"");
+                text.parse::<u64>().map_err(|_| ApiError::bad_request(message))
+            })
+            .transpose()
+        };
+        let parameters = watch::Parameters {
+            resource: self.target.resource,
+            namespace: self.target.namespace.clone(),
+            selector: self.selector()?,
+            from: number("resourceVersion")?,
+            send_initial_events: is_true(&self.parameters, "sendInitialEvents"),
+            bookmarks: is_true(&self.parameters, "allowWatchBookmarks"),
+            timeout: number("timeoutSeconds")?.map(Duration::from_secs),
+            format: self.format(),
+            request: self.request,
+        };
+        let Shared { store, faults } = self.shared;
+        let content_type = [(header::CONTENT_TYPE, "application/json")];
+        match watch::start(&store, faults, parameters) {
+            Ok(body) => Ok((content_type, body).into_response()),
+            // kube-apiserver says this inside the stream.
+            Err(error) => {
+                let event = json!({ "type": "ERROR", "object": error.status() });
+                Ok((content_type, format!("{event}\n")).into_response())
+            }
+        }
+    }
+
+    fn selector(&self) -> Result<Selector, ApiError> {
+        let parameter = |key: &str| self.parameters.get(key).map(String::as_str);
+        Selector::parse(parameter("labelSelector"), parameter("fieldSelector"))
+    }
+
+    fn format(&self) -> Format {
+        let include_object = self.parameters.get("includeObject").map(String::as_str);
+        Format::negotiate(self.header(header::ACCEPT), include_object)
+    }
+
+    fn json_body(&self, body: &[u8]) -> Result<Value, ApiError> {
+        match self.content_type().split(';').next().unwrap_or_default().trim() {
+            "" | "application/json" => parse_json(body),
+            other => Err(ApiError::unsupported_media(other, "application/json")),
+        }
+    }
+
+    fn content_type(&self) -> &str {
+        self.header(header::CONTENT_TYPE)
+    }
+
+    fn header(&self, name: header::HeaderName) -> &str {
+        self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
+    }
+}
+
+fn deletion(resource: &Resource, deleted: &Value) -> Value {
+    json!({
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Success",
+        "details": {
+            "name": metadata(deleted, "name"),
+            "kind": resource.plural,
+            "uid": metadata(deleted, "uid"),
+        },
+    })
+}
+
+fn parse_json(body: &[u8]) -> Result<Value, ApiError> {
+    serde_json::from_slice(body)
+        .map_err(|error| ApiError::bad_request(format!("the body is not JSON: {error}")))
+}
+
+fn is_true(parameters: &Parameters, key: &str) -> bool {
+    matches!(parameters.get(key).map(String::as_str), Some("true" | "1"))
+}

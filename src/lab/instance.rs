@@ -1,0 +1,363 @@
+//! A lab as a whole: up, down, and the handles by which commands and tests reach its parts.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use super::api::Store;
+use super::client::{Api, Patch};
+use super::daemon::{self, AGENT_LOG, JOURNAL, KUBECONFIG};
+use super::error::{LabError, LogTail, file_error};
+use super::layout::{NodeIndex, STATE_ROOT};
+use super::netns::Environment;
+use super::network;
+use super::node::{Node, Pod};
+use super::options::{LabName, Options};
+use super::process::{self, ProcessId};
+use super::progress::Progress;
+use super::runtime::{BIN_DIR, CONF_DIR, ConfList};
+use super::state::{Lock, PodState, State, write_atomically};
+use super::teardown;
+use super::wait::until;
+
+/// How long an agent may take until its node has a CNI configuration.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the first packet between two nodes may take.
+const PATH_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Set when the person at the terminal wants `lab up` to stop.
+pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// A running lab. One that was made by [`Lab::up`] is taken down on drop, unless it is
+/// [kept](Lab::keep).
+#[derive(Debug)]
+pub struct Lab {
+    pub(super) options: Options,
+    pub(super) state: Mutex<State>,
+    api: OnceLock<Api>,
+    /// Held while the lab comes up.
+    lock: Option<Lock>,
+    down_on_drop: bool,
+}
+
+impl Lab {
+    /// Makes a lab. When a step fails, everything is taken down again and the error says
+    /// what failed.
+    pub fn up(options: Options, progress: &Progress) -> Result<Self, LabError> {
+        options.validate()?;
+        require_root()?;
+        let folder = options.state_dir();
+        fs::create_dir_all(STATE_ROOT).map_err(file_error("make", STATE_ROOT))?;
+        match fs::create_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(LabError::Exists(options.name));
+            }
+            made => made.map_err(file_error("make", &folder))?,
+        }
+        let lock = Lock::take(&options.name)?;
+        let mut lab = Self::with_state(State::new(options), true);
+        lab.lock = lock;
+        lab.build(progress)?;
+        lab.lock = None;
+        Ok(lab)
+    }
+
+    /// The lab of this name, which must have come up.
+    pub fn open(name: &LabName) -> Result<Self, LabError> {
+        require_root()?;
+        match State::load(name)? {
+            Some(state) if state.finished => Ok(Self::with_state(state, false)),
+            Some(_) => Err(LabError::Unfinished(name.clone())),
+            None if super::layout::state_dir(name).exists() => {
+                Err(LabError::Unfinished(name.clone()))
+            }
+            None => Err(LabError::Missing(name.clone())),
+        }
+    }
+
+    /// Takes a lab down, whatever state it is in. False when there was nothing of it.
+    pub fn down(name: &LabName, progress: &Progress) -> Result<bool, LabError> {
+        require_root()?;
+        let lock = Lock::take(name)?;
+        let found = teardown::take_down(name, progress)?;
+        drop(lock);
+        Ok(found)
+    }
+
+    /// Leaves the lab running when this value goes away.
+    pub fn keep(mut self) {
+        self.down_on_drop = false;
+    }
+
+    /// What it was made from.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// URL of the API server on the host's loopback address.
+    pub fn api_url(&self) -> String {
+        let port = self.state().api.as_ref().map_or(0, |api| api.port);
+        format!("http://127.0.0.1:{port}")
+    }
+
+    /// A kubeconfig for the host.
+    pub fn kubeconfig(&self) -> String {
+        kubeconfig(&self.options.name, &self.api_url())
+    }
+
+    /// A client of the API server.
+    pub fn api(&self) -> Result<&Api, LabError> {
+        if let Some(api) = self.api.get() {
+            return Ok(api);
+        }
+        let api = Api::new(&self.api_url())?;
+        Ok(self.api.get_or_init(|| api))
+    }
+
+    /// Kills the API server, as a control plane may die.
+    pub fn kill_api(&self) -> Result<(), LabError> {
+        let Some(api) = self.state().api.clone() else { return Ok(()) };
+        end(&[api.process], Signal::SIGKILL, "the API server")
+    }
+
+    /// Starts the API server again, with everything it knew.
+    pub fn start_api(&self) -> Result<(), LabError> {
+        let port = self.state().api.as_ref().map_or(0, |api| api.port);
+        let api = daemon::start_api(&self.options, port)?;
+        self.change(|state| state.api = Some(api))
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> Vec<Node<'_>> {
+        self.options.node_indices().map(|index| Node { lab: self, index }).collect()
+    }
+
+    /// The node of this name.
+    pub fn node(&self, name: &str) -> Result<Node<'_>, LabError> {
+        let node = self.nodes().into_iter().find(|node| node.name() == name);
+        node.ok_or_else(|| self.unknown(name))
+    }
+
+    /// All pods, by node.
+    pub fn pods(&self) -> Vec<Pod<'_>> {
+        self.nodes().iter().flat_map(Node::pods).collect()
+    }
+
+    /// The pod of this name.
+    pub fn pod(&self, name: &str) -> Result<Pod<'_>, LabError> {
+        let pod = self.pods().into_iter().find(|pod| pod.name() == name);
+        pod.ok_or_else(|| self.unknown(name))
+    }
+
+    /// Where programs on the node or in the pod of this name run.
+    pub fn environment(&self, name: &str) -> Result<Environment, LabError> {
+        match self.node(name) {
+            Ok(node) => Ok(node.environment()),
+            Err(_) => self.pod(name).map(|pod| pod.environment()),
+        }
+    }
+
+    fn with_state(state: State, down_on_drop: bool) -> Self {
+        Self {
+            options: state.options.clone(),
+            state: Mutex::new(state),
+            api: OnceLock::new(),
+            lock: None,
+            down_on_drop,
+        }
+    }
+
+    fn build(&self, progress: &Progress) -> Result<(), LabError> {
+        let options = &self.options;
+        self.change(|_| {})?;
+        progress.step("making the network");
+        for node in options.node_indices() {
+            self.make_node_folder(node)?;
+        }
+        network::build(options)?;
+        progress.step("starting the API server");
+        let store = Store::open(&options.state_dir().join(JOURNAL))?;
+        store.seed(options.node_indices().map(|node| node_object(options, node)))?;
+        drop(store);
+        self.start_api()?;
+        if options.start {
+            self.start(progress)?;
+        }
+        progress.done();
+        self.change(|state| state.finished = true)
+    }
+
+    /// Starts every agent, attaches every pod, and waits for a path between all nodes.
+    fn start(&self, progress: &Progress) -> Result<(), LabError> {
+        progress.step("starting the agents");
+        for node in self.nodes() {
+            node.start_agent()?;
+        }
+        progress.step("attaching the pods");
+        in_parallel(self.nodes(), |node| node.attach_pods())?;
+        progress.step("waiting for the tunnels");
+        in_parallel(self.nodes(), |node| node.wait_for_paths(PATH_TIMEOUT))
+    }
+
+    fn make_node_folder(&self, node: NodeIndex) -> Result<(), LabError> {
+        let environment = daemon::environment(&self.options, node);
+        let on_host = |path: &str| environment.host_path(Path::new(path));
+        for folder in
+            ["/run/netns", "/run/gambeson", "/run/wireguard", "/var/lib", CONF_DIR, BIN_DIR]
+        {
+            let folder = on_host(folder);
+            fs::create_dir_all(&folder).map_err(file_error("make", &folder))?;
+        }
+        let url = self.options.api_url(node);
+        let kubeconfig = kubeconfig(&self.options.name, &url);
+        write_atomically(&on_host(KUBECONFIG), kubeconfig.as_bytes())?;
+        // The plugin is known by its file name alone.
+        let plugin = on_host(BIN_DIR).join("gambeson-cni");
+        symlink(&self.options.binary, &plugin).map_err(file_error("make", &plugin))
+    }
+
+    /// Changes the state and writes it down.
+    pub(super) fn change(&self, change: impl FnOnce(&mut State)) -> Result<(), LabError> {
+        let mut state = self.state();
+        change(&mut state);
+        state.save()
+    }
+
+    pub(super) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unknown(&self, name: &str) -> LabError {
+        let nodes = self.nodes().into_iter().map(|node| node.name());
+        let known: Vec<_> = nodes.chain(self.pods().iter().map(Pod::name)).collect();
+        LabError::Unknown {
+            lab: self.options.name.clone(),
+            name: name.to_owned(),
+            known: known.join(", "),
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if self.down_on_drop {
+            // There is nobody left to tell; the next `lab up` of this name says what is left.
+            let _ = teardown::take_down(&self.options.name, &Progress::silent());
+        }
+    }
+}
+
+impl Node<'_> {
+    /// Waits for the CNI configuration of the node and attaches its pods.
+    fn attach_pods(&self) -> Result<(), LabError> {
+        let configuration = self.wait_for_cni()?;
+        let ready = json!({ "status": { "conditions": [
+            { "type": "Ready", "status": "True", "reason": "KubeletReady",
+              "message": "the node has a CNI configuration" },
+        ] } });
+        for pod in self.pods() {
+            let netns = pod.environment().netns().clone();
+            let attached: PodState = configuration.add(&self.environment(), &netns)?;
+            self.lab.change(|state| {
+                state.pods.insert(pod.name(), attached);
+            })?;
+        }
+        self.lab.api()?.patch_status(&self.name(), Patch::Strategic, &ready).map(|_| ())
+    }
+
+    fn wait_for_cni(&self) -> Result<ConfList, LabError> {
+        let folder = self.host_path(Path::new(CONF_DIR));
+        let found = until(Instant::now() + READY_TIMEOUT, || {
+            if INTERRUPTED.load(Ordering::Relaxed) {
+                return Some(Err(LabError::Interrupted));
+            }
+            match ConfList::first_in(&folder).transpose() {
+                None if self.agent().is_none() => {
+                    let log = self.folder().join(AGENT_LOG);
+                    Some(Err(daemon::died(&format!("the agent of {}", self.name()), &log)))
+                }
+                found => found,
+            }
+        });
+        found.unwrap_or_else(|| {
+            Err(LabError::NotReady {
+                node: self.name(),
+                seconds: READY_TIMEOUT.as_secs(),
+                log: LogTail::of(&self.folder().join(AGENT_LOG)),
+            })
+        })
+    }
+}
+
+/// Ends processes with this signal, and waits until they have.
+pub(super) fn end(processes: &[ProcessId], signal: Signal, name: &str) -> Result<(), LabError> {
+    processes.iter().for_each(|process| process.signal(signal));
+    if process::terminate(processes) { Ok(()) } else { Err(LabError::Stuck(name.to_owned())) }
+}
+
+/// Does the same on many things at once; the first error wins.
+pub(super) fn in_parallel<T: Send, E: Send>(
+    items: Vec<T>,
+    work: impl Fn(T) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let work = &work;
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            items.into_iter().map(|item| scope.spawn(move || work(item))).collect();
+        let results: Vec<_> = threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect();
+        results.into_iter().collect()
+    })
+}
+
+fn require_root() -> Result<(), LabError> {
+    if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(LabError::NotRoot) }
+}
+
+fn kubeconfig(lab: &LabName, url: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Config\ncurrent-context: {lab}\nclusters:\n- name: {lab}\n  \
+         cluster:\n    server: {url}\ncontexts:\n- name: {lab}\n  context:\n    cluster: {lab}\n    \
+         user: {lab}\nusers:\n- name: {lab}\n  user: {{}}\n"
+    )
+}
+
+/// A Node as a kubelet and a cloud provider would have made it.
+fn node_object(options: &Options, node: NodeIndex) -> Value {
+    let cidrs: Vec<String> = options.pod_cidrs(node).iter().map(ToString::to_string).collect();
+    let mut addresses: Vec<Value> = options
+        .underlay_addresses(node)
+        .iter()
+        .map(|address| json!({ "type": "InternalIP", "address": address.addr() }))
+        .collect();
+    addresses.push(json!({ "type": "Hostname", "address": node.name() }));
+    json!({
+        "kind": "Node",
+        "apiVersion": "v1",
+        "metadata": {
+            "name": node.name(),
+            "labels": { "kubernetes.io/hostname": node.name(), "kubernetes.io/os": "linux" },
+        },
+        "spec": { "podCIDR": cidrs.first(), "podCIDRs": cidrs },
+        "status": {
+            "addresses": addresses,
+            "conditions": [
+                { "type": "Ready", "status": "False", "reason": "KubeletNotReady",
+                  "message": "no CNI configuration yet" },
+                { "type": "NetworkUnavailable", "status": "True", "reason": "NoRouteCreated",
+                  "message": "nobody has set up the pod network yet" },
+            ],
+            "nodeInfo": { "kubeletVersion": "v1.33.0", "osImage": "Gambeson lab" },
+        },
+    })
+}

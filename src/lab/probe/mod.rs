@@ -1,0 +1,4 @@
+//! Measurements from inside a namespace. Each runs on a thread that has entered it.
+
+pub mod ping;
+pub mod tcp;
