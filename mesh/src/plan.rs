@@ -84,9 +84,6 @@ pub struct PeerChange {
     /// The full set of prefixes, when it changes. Giving a prefix to a peer takes it from
     /// any other peer of the device.
     pub allowed_ips: Option<BTreeSet<IpNet>>,
-    /// Whether the peer must first lose the prefixes it has. When they only grow it must not,
-    /// because taking them away and giving them back loses packets in between.
-    pub replace_allowed_ips: bool,
     /// New keepalive in seconds; 0 turns it off.
     pub persistent_keepalive: Option<u16>,
 }

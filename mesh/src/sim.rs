@@ -128,10 +128,7 @@ fn set_peer(change: &PeerChange, peer: &mut ObservedPeer) {
         peer.pinned_endpoint = Some(endpoint);
     }
     if let Some(prefixes) = &change.allowed_ips {
-        if change.replace_allowed_ips {
-            peer.allowed_ips.clear();
-        }
-        peer.allowed_ips.extend(prefixes);
+        peer.allowed_ips = prefixes.clone();
     }
     if let Some(seconds) = change.persistent_keepalive {
         peer.persistent_keepalive = Some(seconds);

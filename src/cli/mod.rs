@@ -33,12 +33,12 @@ enum Command {
 }
 
 /// Runs the command line of this process. By the file names `gambeson-cni` and `flannel` the
-/// binary is the CNI plugin.
+/// binary is the CNI plugin; by the file name `gambeson-tunnel` it is `gambeson tunnel`.
 pub fn main() -> ExitCode {
     if cni::invoked_as_plugin() {
         return cni::run(&cni::Args {});
     }
-    let result = match Cli::parse().command {
+    let result = match Cli::parse_from(tunnel::arguments()).command {
         Command::Agent(args) => agent::run(*args),
         Command::Tunnel(args) => tunnel::run(args),
         Command::Cni(args) => return cni::run(&args),

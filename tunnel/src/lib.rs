@@ -1,1 +1,30 @@
-//! Placeholder.
+//! `TUN -> seal -> UDP` and `UDP -> open -> TUN`: a userspace WireGuard device for Linux.
+//!
+//! [`run`] makes the TUN device, serves the cross-platform configuration socket that `wg`,
+//! `wg-quick` and `wireguard-control` talk to, and moves packets until the device is deleted
+//! or a signal asks for the end. [`Device`] is the same without I/O.
+//!
+//! Three plain threads move bytes and settings: `outbound` reads the TUN device, seals and
+//! sends; `inbound` receives, opens and writes to the TUN device; `config` serves the
+//! configuration socket. The calling thread runs timers and watches signals and links.
+
+mod allowed_ips;
+mod batch;
+mod device;
+mod endpoint;
+mod error;
+mod noise;
+mod shared;
+mod tun;
+mod tunnel;
+mod uapi;
+mod udp;
+mod worker;
+
+pub use batch::{Batch, Destination, Outbox};
+pub use device::{
+    AllowedIpChange, Datagram, Device, DeviceUpdate, PeerId, PeerStatus, PeerUpdate, TICK,
+};
+pub use endpoint::Endpoint;
+pub use error::TunnelError;
+pub use tunnel::{DEFAULT_MTU, Options, SOCKET_DIRECTORY, Tunnel, run};

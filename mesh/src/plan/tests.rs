@@ -190,19 +190,19 @@ fn a_changed_key_adds_the_new_peer_before_the_old_one_goes() {
 }
 
 #[test]
-fn prefixes_are_replaced_only_when_one_must_go() {
+fn changed_prefixes_are_given_in_full() {
     let (desired, settled) = settled();
-    let mut observed = settled.clone();
-    let peer = first_state(&mut observed).peers.get_mut(&key(2)).unwrap();
-    peer.allowed_ips.remove(&net("10.244.2.0/24"));
-    let change = |actions: Vec<Action>| match actions.into_iter().next() {
-        Some(Action::ConfigureWireGuard { change, .. }) => change.set_peers[&key(2)].clone(),
-        other => panic!("{other:?}"),
-    };
-    assert!(!change(plan(&desired, &observed)).replace_allowed_ips);
-    let peer = first_state(&mut observed).peers.get_mut(&key(2)).unwrap();
-    peer.allowed_ips.insert(net("10.0.0.0/8"));
-    assert!(change(plan(&desired, &observed)).replace_allowed_ips);
+    let wanted = &desired.devices[&device(0)].peers[&key(2)].allowed_ips;
+    for changed in [BTreeSet::new(), BTreeSet::from([net("10.0.0.0/8"), net("10.244.2.0/24")])] {
+        let mut observed = settled.clone();
+        first_state(&mut observed).peers.get_mut(&key(2)).unwrap().allowed_ips = changed;
+        let actions = plan(&desired, &observed);
+        let [Action::ConfigureWireGuard { change, .. }] = &actions[..] else {
+            panic!("{actions:?}")
+        };
+        let peer = PeerChange { allowed_ips: Some(wanted.clone()), ..PeerChange::default() };
+        assert_eq!(change.set_peers, BTreeMap::from([(key(2), peer)]));
+    }
 }
 
 #[test]

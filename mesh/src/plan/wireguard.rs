@@ -45,7 +45,6 @@ fn peer_change(desired: &WireGuardPeer, observed: Option<&ObservedPeer>) -> Opti
     }
     if peer.allowed_ips != desired.allowed_ips {
         change.allowed_ips = Some(desired.allowed_ips.clone());
-        change.replace_allowed_ips = !peer.allowed_ips.is_subset(&desired.allowed_ips);
     }
     // The kernel says 0 for "off".
     let keepalive = desired.persistent_keepalive.unwrap_or(0);

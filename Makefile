@@ -1,0 +1,36 @@
+# On a fresh Debian 12 with Rust, as root: `make lab` shows Gambeson at work, `make test` is
+# what CI runs. Both install what they need.
+
+SHELL := /bin/bash
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab test unit check vm
+
+help:   ## This list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup:  ## Install what building, testing and the lab need
+	@deploy/setup/debian.sh
+
+lab:    ## A cluster in network namespaces, up and verified: make lab ARGS="--family dual"
+	@deploy/setup/debian.sh lab
+	@cargo build --locked --release
+	@deploy/setup/lab.sh $(TARGET)/release/gambeson $(ARGS)
+
+test: setup check   ## Everything that CI runs
+	cargo nextest run --locked --workspace
+	cargo test --locked --quiet --workspace --doc
+
+check:  ## Formatting, lints, documentation, licences
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --lib
+	cargo deny --locked check bans licenses sources
+
+unit:   ## The tests that need no root, in seconds
+	cargo test --locked --quiet --workspace --lib
+
+vm:     ## The tests with the kernel's WireGuard, in a virtual machine
+	@deploy/setup/debian.sh
+	cargo nextest run --locked --test integration vm::

@@ -1,0 +1,78 @@
+#!/bin/bash
+# Installs what building, testing and the lab need on Debian 12, where it is missing. What is
+# there already, from wherever it came, is left alone. Cargo and root are taken for granted.
+#
+# Usage: deploy/setup/debian.sh [lab]      (lab: without what only the tests need)
+set -euo pipefail
+
+purpose=${1:-test}
+# Versions that are known to work; any other that is installed already will do.
+nextest=0.9.143
+deny=0.20.2
+
+missing=()
+
+# by_command COMMAND PACKAGE
+by_command() {
+    command -v "$1" >/dev/null || missing+=("$2")
+}
+
+by_command cc gcc
+by_command ip iproute2
+by_command nft nftables
+by_command wg wireguard-tools
+by_command iperf3 iperf3
+by_command ping iputils-ping
+by_command tcpdump tcpdump
+by_command jq jq
+by_command setpriv util-linux
+by_command ps procps
+# By the command, not by the package: other builds of kubectl conflict with Debian's.
+by_command kubectl kubernetes-client
+[ -x /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins)
+if [ "$purpose" = test ]; then
+    by_command qemu-system-x86_64 qemu-system-x86
+    by_command depmod kmod
+    if ! command -v busybox >/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then
+        missing+=(busybox-static)
+    fi
+fi
+
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "setup: installing ${missing[*]}"
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "setup: as root: apt-get install --no-install-recommends ${missing[*]}" >&2
+        exit 1
+    fi
+    export DEBIAN_FRONTEND=noninteractive
+    apt-get -q update
+    apt-get -q install -y --no-install-recommends "${missing[@]}"
+fi
+
+if ! command -v cargo >/dev/null; then
+    echo "setup: cargo is missing: install Rust (https://rustup.rs)" >&2
+    exit 1
+fi
+[ "$purpose" = test ] || exit 0
+
+# by_cargo SUBCOMMAND VERSION
+by_cargo() {
+    if ! cargo "$1" --version >/dev/null 2>&1; then
+        echo "setup: installing cargo-$1 $2 (takes some minutes, once)"
+        cargo install --quiet --locked "cargo-$1" --version "$2"
+    fi
+}
+
+for component in rustfmt clippy; do
+    command -v "cargo-${component/rustfmt/fmt}" >/dev/null || rustup component add "$component"
+done
+by_cargo nextest "$nextest"
+by_cargo deny "$deny"
+
+# The kernel package comes from the network: here, so that no test has to fetch it.
+if ! kernel=$("$(dirname "$(realpath "$0")")/../../tests/vm/prepare" 2>&1); then
+    # The package list may be older than the packages on the mirror.
+    apt-get -q update
+    kernel=$("$(dirname "$(realpath "$0")")/../../tests/vm/prepare")
+fi
+echo "setup: ready; the tests' kernel is in $(tail -n 1 <<<"$kernel")"

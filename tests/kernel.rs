@@ -1,0 +1,16 @@
+//! Tests with the kernel's WireGuard. The host may not have the module, so they run in a
+//! virtual machine, through `tests/vm.rs`:
+//! `tests/vm/run -- target/debug/deps/integration-... kernel::`.
+
+use std::process::Command;
+
+#[test]
+fn a_wireguard_link_can_be_made_and_configured() {
+    let script = "set -e; ip link add wgt type wireguard; wg set wgt listen-port 51999; \
+                  ip link set wgt up; test \"$(wg show wgt listen-port)\" = 51999";
+    let output = Command::new("unshare").args(["--net", "sh", "-c", script]).output().unwrap();
+    assert!(
+        output.status.success(),
+        "no kernel WireGuard here: run this test with tests/vm/run. {output:?}"
+    );
+}

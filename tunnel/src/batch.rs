@@ -1,0 +1,171 @@
+//! Packets and datagrams side by side in one reused buffer.
+
+use std::ops::Range;
+
+use crate::device::PeerId;
+use crate::endpoint::Endpoint;
+
+/// The largest packet that a TUN device hands over, and the largest payload of a datagram.
+pub(crate) const MAX_PACKET: usize = 65_535;
+
+/// WireGuard pads the plaintext to a multiple of this many bytes.
+const PADDING: usize = 16;
+
+/// Plaintext packets of one read of the TUN device, or to be written to it.
+///
+/// The buffer keeps its size from batch to batch, so that a packet costs no allocation.
+#[derive(Debug, Default)]
+pub struct Batch {
+    bytes: Vec<u8>,
+    packets: Vec<Range<usize>>,
+    used: usize,
+}
+
+impl Batch {
+    /// An empty batch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Forgets the packets and keeps the memory.
+    pub fn clear(&mut self) {
+        self.packets.clear();
+        self.used = 0;
+    }
+
+    /// How many packets there are.
+    pub fn len(&self) -> usize {
+        self.packets.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.packets.is_empty()
+    }
+
+    /// How many bytes of the buffer the packets take.
+    pub(crate) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Adds a copy of `packet`.
+    pub fn push(&mut self, packet: &[u8]) {
+        self.space(packet.len())[..packet.len()].copy_from_slice(packet);
+        self.commit(packet.len());
+    }
+
+    /// Room for a packet of up to `len` bytes, which [`Batch::commit`] then adds.
+    pub(crate) fn space(&mut self, len: usize) -> &mut [u8] {
+        let end = self.used + len + PADDING;
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        &mut self.bytes[self.used..end - PADDING]
+    }
+
+    /// Adds the packet in the first `len` bytes of the last [`Batch::space`].
+    pub(crate) fn commit(&mut self, len: usize) {
+        let end = self.used + len;
+        let next = end.next_multiple_of(PADDING);
+        // Stale bytes of an earlier batch must not leave as padding.
+        self.bytes[end..next].fill(0);
+        self.packets.push(self.used..end);
+        self.used = next;
+    }
+
+    /// The packets.
+    pub fn packets(&self) -> impl Iterator<Item = &[u8]> {
+        self.packets.iter().map(|range| &self.bytes[range.clone()])
+    }
+
+    /// The packets with zeros up to a multiple of 16 bytes, but not past `mtu` (a full-sized
+    /// packet with padding would no longer fit the underlay).
+    pub(crate) fn padded(&self, mtu: usize) -> impl Iterator<Item = (&[u8], &[u8])> {
+        self.packets.iter().map(move |range| {
+            let padded = range.len().next_multiple_of(PADDING).min(mtu).max(range.len());
+            let bytes = &self.bytes[range.start..range.start + padded];
+            (&bytes[..range.len()], bytes)
+        })
+    }
+}
+
+/// Sealed datagrams with where each one goes, back to back in one buffer, so that equal
+/// neighbours can leave in a single send.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    bytes: Vec<u8>,
+    datagrams: Vec<(Range<usize>, Destination)>,
+    used: usize,
+}
+
+/// Where a datagram goes, and the peer it is for (none for a cookie).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Destination {
+    /// Address, port and source.
+    pub endpoint: Endpoint,
+    /// Whose datagram it is.
+    pub(crate) peer: Option<PeerId>,
+}
+
+impl Outbox {
+    /// An empty outbox.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Forgets the datagrams and keeps the memory.
+    pub fn clear(&mut self) {
+        self.datagrams.clear();
+        self.used = 0;
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.datagrams.is_empty()
+    }
+
+    /// How many bytes the datagrams take.
+    pub(crate) fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Room for a datagram of up to `len` bytes, which [`Outbox::commit`] then adds.
+    pub(crate) fn space(&mut self, len: usize) -> &mut [u8] {
+        let end = self.used + len;
+        if self.bytes.len() < end {
+            self.bytes.resize(end, 0);
+        }
+        &mut self.bytes[self.used..end]
+    }
+
+    /// Adds the datagram in the first `len` bytes of the last [`Outbox::space`].
+    pub(crate) fn commit(&mut self, len: usize, endpoint: Endpoint, peer: Option<PeerId>) {
+        self.datagrams.push((self.used..self.used + len, Destination { endpoint, peer }));
+        self.used += len;
+    }
+
+    /// The datagrams, in the order they were sealed.
+    pub fn datagrams(&self) -> impl Iterator<Item = (&[u8], &Destination)> {
+        self.datagrams.iter().map(|(range, to)| (&self.bytes[range.clone()], to))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_is_zero_and_stops_at_the_mtu() {
+        let mut batch = Batch::new();
+        batch.push(&[0xff; 64]);
+        batch.clear();
+        batch.push(&[1; 20]);
+        batch.push(&[2; 32]);
+        let padded: Vec<_> = batch.padded(28).map(|(packet, padded)| (packet, padded)).collect();
+        assert_eq!(padded[0].0, [1; 20]);
+        assert_eq!(padded[0].1[..20], [1; 20]);
+        assert_eq!(padded[0].1[20..], [0; 8]);
+        assert_eq!(padded[1].1, [2; 32]);
+        assert_eq!(batch.padded(1420).next().map(|(_, padded)| padded.len()), Some(32));
+    }
+}

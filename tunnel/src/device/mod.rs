@@ -1,0 +1,251 @@
+//! `TUN packets -> seal -> datagrams` and `datagrams -> open -> TUN packets`, without I/O.
+//!
+//! A [`Device`] is shared by the threads that move packets, the timer and the configuration
+//! socket. Packets take a snapshot of the [`Tables`] once per batch and lock one peer per
+//! run of its packets; the configuration has its own lock and publishes new tables.
+
+mod config;
+mod peer;
+mod tables;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use parking_lot::{Mutex, MutexGuard, RwLock};
+
+pub use config::{AllowedIpChange, DeviceUpdate, PeerStatus, PeerUpdate};
+pub use tables::PeerId;
+
+use crate::batch::{Batch, MAX_PACKET, Outbox};
+use crate::endpoint::Endpoint;
+use crate::noise::{Admission, COOKIE_LEN, HANDSHAKE_LEN, Message, OVERHEAD, Opened, Sealed};
+use config::Config;
+use peer::{Peer, State};
+use tables::Tables;
+
+/// How often [`Device::tick`] is due.
+pub const TICK: std::time::Duration = std::time::Duration::from_millis(250);
+
+/// A WireGuard device: keys, peers, sessions and allowed IPs.
+///
+/// It starts down; packets and datagrams are dropped until [`Device::set_up`].
+pub struct Device {
+    config: Mutex<Config>,
+    tables: RwLock<Arc<Tables>>,
+    up: AtomicBool,
+    /// Of the TUN device, bytes.
+    mtu: AtomicUsize,
+    /// Milliseconds since the device was made, as of the last tick.
+    clock: AtomicU64,
+}
+
+/// A received datagram.
+#[derive(Debug, Clone, Copy)]
+pub struct Datagram<'a> {
+    /// The payload.
+    pub bytes: &'a [u8],
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// The address of ours that it was sent to, if known.
+    pub to: Option<IpAddr>,
+}
+
+impl Device {
+    /// A device without keys and peers, for a TUN device of this MTU in bytes.
+    pub fn new(mtu: usize) -> Self {
+        Self {
+            config: Mutex::default(),
+            tables: RwLock::default(),
+            up: AtomicBool::new(false),
+            mtu: AtomicUsize::new(mtu),
+            clock: AtomicU64::new(0),
+        }
+    }
+
+    /// Tells the MTU of the TUN device, bytes. Padding does not go beyond it.
+    pub fn set_mtu(&self, mtu: usize) {
+        self.mtu.store(mtu, Ordering::Relaxed);
+    }
+
+    /// Whether packets flow.
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    /// Lets packets flow, or stops them and drops all sessions. Going up, peers with a
+    /// persistent keepalive are greeted.
+    pub fn set_up(&self, up: bool, outbox: &mut Outbox) {
+        if self.up.swap(up, Ordering::Relaxed) == up {
+            return;
+        }
+        let tables = self.tables();
+        for peer in tables.peers() {
+            let mut state = peer.lock();
+            if !up {
+                state.drop_sessions(tables.identity.as_deref());
+            } else if state.keepalive != 0 {
+                state.greet(peer, self.now(), outbox);
+            }
+        }
+    }
+
+    /// Seals packets from the TUN device for the peers that own their destinations.
+    /// Packets without such a peer, or whose peer has no endpoint, are dropped.
+    pub fn seal(&self, batch: &Batch, outbox: &mut Outbox) {
+        if !self.is_up() {
+            return;
+        }
+        let tables = self.tables();
+        let now = self.now();
+        let mut held = Held::default();
+        for (packet, padded) in batch.padded(self.mtu.load(Ordering::Relaxed)) {
+            let Some(peer) = destination(packet).and_then(|to| tables.route(to)) else {
+                tracing::trace!("no peer for a packet");
+                continue;
+            };
+            held.lock(peer).seal(peer, padded, now, outbox);
+        }
+    }
+
+    /// Opens received datagrams: packets for the TUN device go to `packets`, answers to
+    /// `outbox`. What is not authentic, or comes from an address that its peer does not
+    /// own, is dropped.
+    pub fn open<'d>(
+        &self,
+        datagrams: impl IntoIterator<Item = Datagram<'d>>,
+        packets: &mut Batch,
+        outbox: &mut Outbox,
+    ) {
+        if !self.is_up() {
+            return;
+        }
+        let tables = self.tables();
+        let Some(identity) = tables.identity.as_deref() else { return };
+        let now = self.now();
+        let mut held = Held::default();
+        for datagram in datagrams {
+            let message = match identity.admit(
+                datagram.from.ip(),
+                datagram.bytes,
+                outbox.space(COOKIE_LEN),
+            ) {
+                Admission::Admitted(message) => message,
+                Admission::Cookie(len) => {
+                    outbox.commit(len, datagram.endpoint(), None);
+                    continue;
+                }
+                Admission::Refused => continue,
+            };
+            let peer = match message {
+                Message::Initiation => {
+                    identity.initiator(datagram.bytes).and_then(|key| tables.by_key(&key))
+                }
+                Message::Response { receiver }
+                | Message::Cookie { receiver }
+                | Message::Data { receiver } => tables.by_index(receiver),
+            };
+            let Some(peer) = peer else { continue };
+            let state = held.lock(peer);
+            if let Some(len) = state.open(peer, message, &datagram, now, packets, outbox) {
+                let packet = &packets.space(len)[..len];
+                // The owner of the source over ALL peers: a shorter prefix of this peer does
+                // not let it speak for the owner of a longer one.
+                let owner = source(packet).and_then(|from| tables.allowed(from));
+                if owner == Some(peer.id) {
+                    packets.commit(len);
+                } else {
+                    tracing::trace!(peer = %peer, "dropped a packet with a foreign source");
+                }
+            }
+            state.flush(peer, outbox);
+        }
+    }
+
+    /// Runs the timers of all peers that are not idle. Due every [`TICK`]; `uptime` is the
+    /// time since the device was made, by a monotonic clock.
+    pub fn tick(&self, uptime: std::time::Duration, outbox: &mut Outbox) {
+        let now = u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX);
+        let before = self.clock.swap(now, Ordering::Relaxed);
+        let tables = self.tables();
+        if before / 1000 != now / 1000 {
+            if let Some(identity) = &tables.identity {
+                identity.reset_load();
+            }
+        }
+        if !self.is_up() {
+            return;
+        }
+        for peer in tables.peers().filter(|peer| peer.is_awake()) {
+            peer.lock().tick(peer, now, outbox);
+        }
+    }
+
+    /// Stops replying from `source` to a peer, because that address has gone away.
+    pub(crate) fn forget_source(&self, peer: PeerId, source: IpAddr) {
+        if let Some(peer) = self.tables().by_id(peer) {
+            let mut state = peer.lock();
+            if let Some(endpoint) = &mut state.endpoint {
+                if endpoint.source == Some(source) {
+                    endpoint.source = None;
+                }
+            }
+        }
+    }
+
+    fn tables(&self) -> Arc<Tables> {
+        Arc::clone(&self.tables.read())
+    }
+
+    fn now(&self) -> u64 {
+        self.clock.load(Ordering::Relaxed)
+    }
+}
+
+/// Stop sending what waited for a session once this much is in the outbox, bytes.
+const FLUSH_LIMIT: usize = 4 << 20;
+
+impl Datagram<'_> {
+    fn endpoint(&self) -> Endpoint {
+        Endpoint { source: self.to, ..Endpoint::new(self.from) }
+    }
+}
+
+/// The lock of the peer that the last packet was for: kept while its neighbours are for the
+/// same peer.
+#[derive(Default)]
+struct Held<'t>(Option<(PeerId, MutexGuard<'t, State>)>);
+
+impl<'t> Held<'t> {
+    fn lock(&mut self, peer: &'t Peer) -> &mut State {
+        if !matches!(&self.0, Some((id, _)) if *id == peer.id) {
+            // Never two at a time: another thread may hold them the other way round.
+            self.0 = None;
+        }
+        &mut self.0.get_or_insert_with(|| (peer.id, peer.lock())).1
+    }
+}
+
+/// The destination address of an IP packet.
+fn destination(packet: &[u8]) -> Option<IpAddr> {
+    address(packet, 16, 24)
+}
+
+/// The source address of an IP packet.
+fn source(packet: &[u8]) -> Option<IpAddr> {
+    address(packet, 12, 8)
+}
+
+fn address(packet: &[u8], v4: usize, v6: usize) -> Option<IpAddr> {
+    match packet.first()? >> 4 {
+        4 if packet.len() >= 20 => {
+            let octets: [u8; 4] = packet[v4..v4 + 4].try_into().ok()?;
+            Some(Ipv4Addr::from(octets).into())
+        }
+        6 if packet.len() >= 40 => {
+            let octets: [u8; 16] = packet[v6..v6 + 16].try_into().ok()?;
+            Some(Ipv6Addr::from(octets).into())
+        }
+        _ => None,
+    }
+}

@@ -1,0 +1,231 @@
+//! What the threads of a tunnel share.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::{Mutex, RwLock};
+
+use crate::batch::Outbox;
+use crate::device::{Device, DeviceUpdate};
+use crate::tun::Tun;
+use crate::uapi::Configurable;
+use crate::udp::Sockets;
+
+/// A running tunnel.
+pub(crate) struct Shared {
+    pub(crate) device: Device,
+    pub(crate) tun: Tun,
+    pub(crate) stop: Stop,
+    /// Says that the sockets are others now.
+    pub(crate) rebound: Event,
+    sockets: RwLock<Option<Arc<Sockets>>>,
+    settings: Mutex<Settings>,
+}
+
+/// Settings of the sockets. Its lock is held while they are changed.
+#[derive(Debug, Default)]
+struct Settings {
+    /// As configured: 0 for a random one.
+    listen_port: u16,
+    fwmark: u32,
+}
+
+/// Why a tunnel ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    /// By a signal.
+    Asked,
+    /// The TUN device was deleted.
+    DeviceGone,
+    /// The configuration socket was deleted.
+    SocketGone,
+    /// This thread cannot go on.
+    Fault(&'static str),
+}
+
+impl Shared {
+    pub(crate) fn new(tun: Tun, mtu: usize) -> io::Result<Self> {
+        Ok(Self {
+            device: Device::new(mtu),
+            tun,
+            stop: Stop { event: Event::new()?, end: Mutex::new(None) },
+            rebound: Event::new()?,
+            sockets: RwLock::default(),
+            settings: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn sockets(&self) -> Option<Arc<Sockets>> {
+        self.sockets.read().clone()
+    }
+
+    /// Sends what is in the outbox; without sockets, it is dropped.
+    pub(crate) fn send(&self, outbox: &Outbox) {
+        if outbox.is_empty() {
+            return;
+        }
+        if let Some(sockets) = self.sockets() {
+            sockets.send(outbox, &self.device);
+        }
+    }
+
+    /// Follows the TUN device: its MTU, and whether it is up.
+    pub(crate) fn follow_link(&self) {
+        let state = match self.tun.link().state() {
+            Ok(state) => state,
+            Err(error) => {
+                // It may have moved to another network namespace, where it cannot be asked.
+                // A deleted one makes its reader end.
+                tracing::debug!(%error, "cannot look at the TUN device");
+                return;
+            }
+        };
+        self.device.set_mtu(state.mtu);
+        if state.up == self.device.is_up() {
+            return;
+        }
+        if state.up {
+            let settings = self.settings.lock();
+            if let Err(error) = self.listen(&settings) {
+                tracing::warn!(%error, port = settings.listen_port, "cannot listen");
+            }
+        }
+        tracing::info!(up = state.up, "TUN device");
+        let mut outbox = Outbox::new();
+        self.device.set_up(state.up, &mut outbox);
+        self.send(&outbox);
+    }
+
+    /// Binds the configured port if nothing is bound yet.
+    fn listen(&self, settings: &Settings) -> io::Result<()> {
+        if self.sockets.read().is_none() {
+            self.rebind(Sockets::bind(settings.listen_port, settings.fwmark)?);
+        }
+        Ok(())
+    }
+
+    fn rebind(&self, sockets: Sockets) {
+        tracing::info!(port = sockets.port(), "listening");
+        *self.sockets.write() = Some(Arc::new(sockets));
+        self.rebound.notify();
+    }
+
+    /// New sockets, if the update asks for another port.
+    fn bind_for(
+        &self,
+        settings: &Settings,
+        update: &DeviceUpdate,
+    ) -> Result<Option<Sockets>, Errno> {
+        let current = self.sockets();
+        let port = match update.listen_port {
+            // A random port stays: `wg syncconf` says 0 each time.
+            Some(0) if settings.listen_port == 0 && current.is_some() => return Ok(None),
+            Some(port) if current.as_ref().is_some_and(|sockets| sockets.port() == port) => {
+                return Ok(None);
+            }
+            Some(port) => port,
+            None if current.is_none() && update.private_key.is_some() => settings.listen_port,
+            None => return Ok(None),
+        };
+        let fwmark = update.fwmark.unwrap_or(settings.fwmark);
+        Sockets::bind(port, fwmark).map(Some).map_err(|error| errno(&error))
+    }
+}
+
+impl Configurable for Shared {
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn listen_port(&self) -> u16 {
+        match self.sockets() {
+            Some(sockets) => sockets.port(),
+            None => self.settings.lock().listen_port,
+        }
+    }
+
+    fn fwmark(&self) -> u32 {
+        self.settings.lock().fwmark
+    }
+
+    fn set(&self, update: &DeviceUpdate) -> Result<(), Errno> {
+        let mut settings = self.settings.lock();
+        // What may fail goes first.
+        if !self.device.has_room_for(update) {
+            return Err(Errno::ENOMEM);
+        }
+        let sockets = self.bind_for(&settings, update)?;
+        if let (Some(fwmark), None, Some(current)) = (update.fwmark, &sockets, self.sockets()) {
+            if fwmark != settings.fwmark {
+                current.set_fwmark(fwmark).map_err(|error| errno(&error))?;
+            }
+        }
+        settings.fwmark = update.fwmark.unwrap_or(settings.fwmark);
+        settings.listen_port = update.listen_port.unwrap_or(settings.listen_port);
+        if let Some(sockets) = sockets {
+            self.rebind(sockets);
+        }
+        let mut outbox = Outbox::new();
+        self.device.apply(update, &mut outbox);
+        drop(settings);
+        self.send(&outbox);
+        Ok(())
+    }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
+/// Ends the tunnel. The first reason counts.
+pub(crate) struct Stop {
+    event: Event,
+    end: Mutex<Option<End>>,
+}
+
+impl Stop {
+    pub(crate) fn now(&self, end: End) {
+        self.end.lock().get_or_insert(end);
+        self.event.notify();
+    }
+
+    /// Why, once it has been said.
+    pub(crate) fn reason(&self) -> Option<End> {
+        *self.end.lock()
+    }
+}
+
+impl AsFd for Stop {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+/// Wakes threads that poll.
+pub(crate) struct Event(EventFd);
+
+impl Event {
+    fn new() -> io::Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self(EventFd::from_value_and_flags(0, flags)?))
+    }
+
+    /// Readable from now on.
+    pub(crate) fn notify(&self) {
+        // It fails only when the counter is at its limit, and then it is readable.
+        let _ = self.0.write(1);
+    }
+
+    pub(crate) fn clear(&self) {
+        let _ = self.0.read();
+    }
+}
+
+impl AsFd for Event {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,158 @@
+//! The TUN device: made, read and written.
+
+mod link;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+
+use nix::errno::Errno;
+
+use crate::batch::{Batch, MAX_PACKET};
+use crate::error::TunnelError;
+pub(crate) use link::{Link, drain, watch_links};
+
+/// Stop reading at this many packets or bytes, so that a batch stays in the cache and
+/// its first packet does not wait for long.
+const BATCH_PACKETS: usize = 128;
+const BATCH_BYTES: usize = 256 << 10;
+
+/// A TUN device that this process made. It goes away with the process.
+pub(crate) struct Tun {
+    file: File,
+    link: Link,
+}
+
+/// What a read or a write says about the device.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Alive {
+    Yes,
+    /// It was deleted.
+    Gone,
+}
+
+impl Tun {
+    /// Makes the device `name` with an MTU in bytes and, if given, an alias.
+    ///
+    /// With an alias, the device is made under another name first and renamed last, so that
+    /// it never has this name without the alias.
+    pub(crate) fn create(name: &str, mtu: u32, alias: Option<&str>) -> Result<Self, TunnelError> {
+        if !is_device_name(name) {
+            return Err(TunnelError::InvalidName { name: name.to_owned() });
+        }
+        if Link::exists(name) {
+            return Err(TunnelError::NameTaken { name: name.to_owned() });
+        }
+        let file = open()?;
+        let first_name = if alias.is_some() { "gbn-tun%d" } else { name };
+        let made = attach(&file, first_name).map_err(|source| creation_error(name, source))?;
+        let link = Link::open(&made).map_err(|source| failed("find the index", name, source))?;
+        link.set_mtu(mtu).map_err(|source| failed("set the MTU", name, source))?;
+        if let Some(alias) = alias {
+            link.set_alias(alias).map_err(|source| failed("set the alias", name, source))?;
+            link.rename(name).map_err(|source| creation_error(name, source))?;
+        }
+        Ok(Self { file, link })
+    }
+
+    pub(crate) fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// Adds packets to `batch` until there are none or the batch is full.
+    pub(crate) fn read(&self, batch: &mut Batch) -> Alive {
+        while batch.len() < BATCH_PACKETS && batch.used() < BATCH_BYTES {
+            match (&self.file).read(batch.space(MAX_PACKET)) {
+                Ok(0) => return Alive::Yes,
+                Ok(len) => batch.commit(len),
+                Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::EBADFD) => return Alive::Gone,
+                    Some(Errno::EINTR) => {}
+                    _ => return Alive::Yes,
+                },
+            }
+        }
+        Alive::Yes
+    }
+
+    /// Writes packets. What the device does not take (it is down, or the packet is not IP) is
+    /// dropped.
+    pub(crate) fn write(&self, batch: &Batch) {
+        for packet in batch.packets() {
+            if let Err(error) = (&self.file).write(packet) {
+                tracing::trace!(%error, len = packet.len(), "the TUN device refused a packet");
+            }
+        }
+    }
+}
+
+impl AsFd for Tun {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// As `dev_valid_name` of the kernel, and no `%`, which would be a template.
+fn is_device_name(name: &str) -> bool {
+    (1..libc::IFNAMSIZ).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && !name.bytes().any(|b| matches!(b, b'/' | b':' | b'%' | 0) || b.is_ascii_whitespace())
+}
+
+fn open() -> Result<File, TunnelError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC);
+    options.open("/dev/net/tun").map_err(|source| match source.kind() {
+        io::ErrorKind::PermissionDenied => TunnelError::NoPermission {
+            operation: "open /dev/net/tun",
+            capability: "CAP_NET_ADMIN, or the device in the container's device cgroup,",
+            source,
+        },
+        _ => TunnelError::NoTun { source },
+    })
+}
+
+/// Makes the device of a fresh `/dev/net/tun`. Returns the name it got.
+fn attach(file: &File, name: &str) -> io::Result<String> {
+    let mut request = link::request(name)?;
+    // Exclusive: never attach to a device that somebody else made.
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_TUN_EXCL;
+    // The flag word is unsigned in the kernel; EXCL is its highest bit.
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes an ifreq, which outlives the call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    Errno::result(result)?;
+    Ok(link::name_of(&request))
+}
+
+fn creation_error(name: &str, source: io::Error) -> TunnelError {
+    match source.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EBUSY | Errno::EEXIST) => TunnelError::NameTaken { name: name.to_owned() },
+        Some(Errno::EPERM) => TunnelError::NoPermission {
+            operation: "make a TUN device",
+            capability: "CAP_NET_ADMIN",
+            source,
+        },
+        _ => failed("make or name", name, source),
+    }
+}
+
+fn failed(operation: &'static str, name: &str, source: io::Error) -> TunnelError {
+    TunnelError::Tun { operation, name: name.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_device_name;
+
+    #[test]
+    fn device_names_are_the_kernels() {
+        assert!(is_device_name("gambeson0"));
+        assert!(is_device_name("abcdefghijklmno"));
+        for bad in ["", ".", "..", "a/b", "a b", "a:b", "tun%d", "abcdefghijklmnop", "a\n", "a\0"] {
+            assert!(!is_device_name(bad), "{bad:?}");
+        }
+    }
+}

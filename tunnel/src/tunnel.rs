@@ -1,0 +1,227 @@
+//! A tunnel from start to end: threads, signals, timers.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use crate::batch::Outbox;
+use crate::device::TICK;
+use crate::error::TunnelError;
+use crate::shared::{End, Shared};
+use crate::tun::{self, Tun};
+use crate::uapi::{self, Listener};
+use crate::worker;
+
+/// The MTU of a tunnel over any underlay of 1500 bytes (1500 less 40 IPv6, 8 UDP, 32
+/// WireGuard), bytes.
+pub const DEFAULT_MTU: u32 = 1420;
+
+/// Where configuration sockets are, for `wg` and everything else.
+pub const SOCKET_DIRECTORY: &str = "/var/run/wireguard";
+
+/// How to make a tunnel.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Name of the device.
+    pub name: String,
+    /// MTU of the device, bytes.
+    pub mtu: u32,
+    /// Alias of the device; it never has its name without it.
+    pub alias: Option<String>,
+    /// Where the configuration socket goes.
+    pub socket_directory: PathBuf,
+}
+
+impl Options {
+    /// A device of this name with the defaults.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            mtu: DEFAULT_MTU,
+            alias: None,
+            socket_directory: SOCKET_DIRECTORY.into(),
+        }
+    }
+}
+
+/// A tunnel whose configuration socket answers.
+pub struct Tunnel {
+    shared: Arc<Shared>,
+    listener: Arc<Listener>,
+    threads: Vec<JoinHandle<()>>,
+    signals: SignalFd,
+    links: OwnedFd,
+    started: Instant,
+}
+
+/// Starts a tunnel and waits for its end.
+///
+/// # Errors
+/// As [`Tunnel::start`] and [`Tunnel::wait`].
+pub fn run(options: &Options) -> Result<(), TunnelError> {
+    Tunnel::start(options)?.wait()
+}
+
+impl Tunnel {
+    /// Makes the device and serves its configuration socket. SIGTERM, SIGINT and SIGHUP are
+    /// blocked in the calling thread and those it makes, and end the tunnel.
+    ///
+    /// # Errors
+    /// [`TunnelError`], with nothing left behind.
+    pub fn start(options: &Options) -> Result<Self, TunnelError> {
+        let signals = block_signals().map_err(TunnelError::system("wait for signals"))?;
+        let links = tun::watch_links().map_err(TunnelError::system("watch links"))?;
+        let tun = Tun::create(&options.name, options.mtu, options.alias.as_deref())?;
+        let listener = Listener::bind(&options.socket_directory, &options.name)?;
+        let shared = Shared::new(tun, options.mtu as usize)
+            .map_err(TunnelError::system("make an event descriptor"))?;
+        let mut tunnel = Self {
+            shared: Arc::new(shared),
+            listener: Arc::new(listener),
+            threads: Vec::new(),
+            signals,
+            links,
+            started: Instant::now(),
+        };
+        tunnel.spawn("outbound", |shared, _| worker::outbound(shared))?;
+        tunnel.spawn("inbound", |shared, _| worker::inbound(shared))?;
+        tunnel.spawn("config", accept)?;
+        Ok(tunnel)
+    }
+
+    /// Waits until the device is deleted, the configuration socket is deleted, or a signal
+    /// asks for the end; then everything of the tunnel is gone.
+    ///
+    /// # Errors
+    /// [`TunnelError::ThreadDied`].
+    pub fn wait(self) -> Result<(), TunnelError> {
+        let end = self.control();
+        for thread in self.threads {
+            let _ = thread.join();
+        }
+        tracing::info!(reason = ?end, "tunnel ended");
+        match end {
+            End::Fault(thread) => Err(TunnelError::ThreadDied { thread }),
+            End::Asked | End::DeviceGone | End::SocketGone => Ok(()),
+        }
+    }
+
+    /// The loop of the main thread: signals, link changes, timers.
+    fn control(&self) -> End {
+        let mut outbox = Outbox::new();
+        let mut next_tick = Instant::now() + TICK;
+        let mut next_look = Instant::now();
+        let descriptors = [self.signals.as_fd(), self.shared.stop.as_fd(), self.links.as_fd()];
+        loop {
+            if let Some(end) = self.shared.stop.reason() {
+                return end;
+            }
+            let left = next_tick.saturating_duration_since(Instant::now());
+            // One millisecond more, so that a wake-up is not just before the time.
+            let timeout = PollTimeout::try_from(left + Duration::from_millis(1));
+            match worker::wait_for(&descriptors, timeout.unwrap_or(PollTimeout::ZERO)) {
+                Some(ready) if ready[0] => self.shared.stop.now(End::Asked),
+                Some(ready) if ready[2] => {
+                    tun::drain(&self.links);
+                    self.shared.follow_link();
+                }
+                Some(_) => {}
+                None => self.shared.stop.now(End::Fault("control")),
+            }
+            let now = Instant::now();
+            if now >= next_tick {
+                next_tick = now + TICK;
+                outbox.clear();
+                self.shared.device.tick(self.started.elapsed(), &mut outbox);
+                self.shared.send(&outbox);
+            }
+            if now >= next_look {
+                next_look = now + Duration::from_secs(1);
+                if !self.listener.is_in_place() {
+                    self.shared.stop.now(End::SocketGone);
+                }
+            }
+        }
+    }
+
+    fn spawn(
+        &mut self,
+        name: &'static str,
+        body: fn(&Arc<Shared>, &Listener),
+    ) -> Result<(), TunnelError> {
+        let shared = Arc::clone(&self.shared);
+        let listener = Arc::clone(&self.listener);
+        let thread = Builder::new().name(name.to_owned()).spawn(move || {
+            // Whatever way the thread ends, the tunnel does not go on without it.
+            let guard = StopOnDrop { shared: &shared, name };
+            body(&shared, &listener);
+            drop(guard);
+        });
+        match thread {
+            Ok(thread) => {
+                self.threads.push(thread);
+                Ok(())
+            }
+            Err(source) => {
+                self.shared.stop.now(End::Asked);
+                Err(TunnelError::System { operation: "start a thread", source })
+            }
+        }
+    }
+}
+
+struct StopOnDrop<'a> {
+    shared: &'a Shared,
+    name: &'static str,
+}
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        // Does nothing after an orderly end, which has given its reason.
+        self.shared.stop.now(End::Fault(self.name));
+    }
+}
+
+fn block_signals() -> io::Result<SignalFd> {
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block()?;
+    Ok(SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
+}
+
+/// Accepts configuration connections. Each is served by a thread of its own, which ends with
+/// the connection or the process.
+fn accept(shared: &Arc<Shared>, listener: &Listener) {
+    loop {
+        match worker::wait(&[listener.as_fd(), shared.stop.as_fd()]) {
+            Some(ready) if ready[1] => return,
+            Some(_) => {}
+            None => return,
+        }
+        let Ok(stream) = listener.accept() else { continue };
+        let shared = Arc::clone(shared);
+        let served = Builder::new().name("config-peer".to_owned()).spawn(move || {
+            if let Err(error) = serve(&shared, stream) {
+                tracing::debug!(%error, "configuration connection ended");
+            }
+        });
+        if let Err(error) = served {
+            tracing::warn!(%error, "configuration connection not served");
+        }
+    }
+}
+
+fn serve(shared: &Shared, stream: UnixStream) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    uapi::serve(&stream, shared)
+}
