@@ -4,6 +4,10 @@
 
 use std::process::Command;
 
+use gambeson_mesh::desired::Implementation;
+
+use crate::apply::wireguard;
+
 #[test]
 fn a_wireguard_link_can_be_made_and_configured() {
     let script = "set -e; ip link add wgt type wireguard; wg set wgt listen-port 51999; \
@@ -13,4 +17,19 @@ fn a_wireguard_link_can_be_made_and_configured() {
         output.status.success(),
         "no kernel WireGuard here: run this test with tests/vm/run. {output:?}"
     );
+}
+
+#[test]
+fn kernel_devices_follow_every_change() {
+    wireguard::full_round(Implementation::Kernel);
+}
+
+#[test]
+fn a_taken_port_is_named() {
+    wireguard::taken_port(Implementation::Kernel);
+}
+
+#[test]
+fn a_taken_name_is_left_alone() {
+    wireguard::taken_name(Implementation::Kernel);
 }

@@ -2,6 +2,9 @@
 // Clippy allows these in test functions; here the helpers around them are tests as well.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod apply;
 mod cni;
+mod common;
 mod kernel;
+mod underlay;
 mod vm;

@@ -42,8 +42,8 @@ pub enum ApplyError {
     #[error("cannot start `{program} tunnel {device}`{}", hint(source))]
     StartTunnel { device: DeviceName, program: String, source: io::Error },
     /// The userspace device's program failed.
-    #[error("`gambeson tunnel {device}` failed with {status}{}", tunnel_hint(*status))]
-    Tunnel { device: DeviceName, status: ExitStatus },
+    #[error("`gambeson tunnel {device}` failed with {status}: {message}")]
+    Tunnel { device: DeviceName, status: ExitStatus, message: String },
     /// The userspace device's program did not get ready.
     #[error("`gambeson tunnel {device}` did not get ready within {seconds} s and was ended")]
     TunnelHangs { device: DeviceName, seconds: u64 },
@@ -162,21 +162,6 @@ fn tunnel_exit(status: ExitStatus) -> Option<Exit> {
     [Exit::PortTaken, Exit::NoTun, Exit::NoPermission, Exit::ForeignDevice]
         .into_iter()
         .find(|exit| Some(*exit as i32) == status.code())
-}
-
-fn tunnel_hint(status: ExitStatus) -> &'static str {
-    match tunnel_exit(status) {
-        Some(Exit::NoTun) => {
-            " (no TUN device can be made: load it with `modprobe tun`, or give the container \
-             /dev/net/tun)"
-        }
-        Some(Exit::NoPermission) => {
-            " (needs the capability CAP_NET_ADMIN: run as root, or add NET_ADMIN to the container)"
-        }
-        Some(Exit::ForeignDevice) => " (a link with that name belongs to somebody else)",
-        Some(Exit::PortTaken) => " (its UDP port is taken by another program)",
-        _ => ", see its message in the log",
-    }
 }
 
 fn is_denied(error: &io::Error) -> bool {

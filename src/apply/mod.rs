@@ -14,9 +14,6 @@ pub(crate) mod route;
 mod sysctl;
 mod wireguard;
 
-#[cfg(test)]
-pub(crate) mod tests;
-
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;

@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::process::Command;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 
 use super::{Update, age, invalid, public_key};
 use crate::apply::ApplyError;
@@ -44,40 +44,56 @@ pub(in crate::apply) async fn start(
 ) -> Result<(), ApplyError> {
     let failed =
         |source| ApplyError::StartTunnel { device, program: program.display().to_string(), source };
-    // Its messages belong into our log, so standard error is shared with it.
-    let mut child = Command::new(program)
+    let child = Command::new(program)
         .args(["tunnel", device.as_str(), "--alias", LINK_ALIAS, "--mtu", &mtu.to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true)
         .spawn()
         .map_err(failed)?;
-    match timeout(START, child.wait()).await {
-        Ok(status) => match status.map_err(failed)? {
-            status if status.success() => Ok(()),
-            status => Err(ApplyError::Tunnel { device, status }),
-        },
-        Err(_) => {
-            child.kill().await.map_err(failed)?;
-            Err(ApplyError::TunnelHangs { device, seconds: START.as_secs() })
-        }
+    let Ok(output) = timeout(START, child.wait_with_output()).await else {
+        return Err(ApplyError::TunnelHangs { device, seconds: START.as_secs() });
+    };
+    let output = output.map_err(failed)?;
+    if output.status.success() {
+        return Ok(());
     }
+    let message = String::from_utf8_lossy(&output.stderr);
+    let message = message.trim().trim_start_matches("gambeson: ").to_owned();
+    Err(ApplyError::Tunnel { device, status: output.status, message })
 }
 
 /// Waits until no process serves the device any more, so that a new one does not meet the
 /// old one's socket and port. A process that does not end is killed.
 pub(in crate::apply) async fn retire(device: DeviceName) {
-    let deadline = Instant::now() + END;
-    let mut killed = false;
-    while let Ok(stream) = UnixStream::connect(socket(device)).await {
-        if Instant::now() >= deadline {
-            let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
-            tracing::warn!(%device, pid, "tunnel process hangs without its device");
-            let Some(pid) = pid.filter(|pid| *pid > 1 && !killed) else { return };
-            if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
-                tracing::warn!(%device, pid, %error, "cannot kill the tunnel process");
-                return;
-            }
-            killed = true;
+    let Some(pid) = server(device).await else { return };
+    for attempt in ["end", "die"] {
+        if timeout(END, gone(device)).await.is_ok() {
+            return;
+        }
+        tracing::warn!(%device, pid, "a tunnel process without its device does not {attempt}");
+        if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
+            tracing::warn!(%device, pid, %error, "cannot kill the tunnel process");
+            return;
+        }
+    }
+}
+
+/// The process that serves a device.
+async fn server(device: DeviceName) -> Option<i32> {
+    let stream = UnixStream::connect(socket(device)).await.ok()?;
+    stream.peer_cred().ok()?.pid().filter(|pid| *pid > 1)
+}
+
+/// Waits until nobody accepts connections for a device. One that hangs still does, or has a
+/// full queue of them.
+async fn gone(device: DeviceName) {
+    loop {
+        match UnixStream::connect(socket(device)).await {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return,
         }
         sleep(POLL).await;
     }

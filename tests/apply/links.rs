@@ -1,9 +1,9 @@
 use gambeson_mesh::desired::{Implementation, Sysctl};
 use gambeson_mesh::plan::Action;
 
-use super::namespace::{attempt, device, execute, in_namespace, kernel, make_tun, sh};
-use crate::apply::ApplyError;
-use crate::cli::Exit;
+use crate::common::namespace::{attempt, device, execute, in_namespace, kernel, make_tun, sh};
+use gambeson::apply::ApplyError;
+use gambeson::cli::Exit;
 
 #[test]
 fn an_empty_namespace_has_nothing_of_ours() {

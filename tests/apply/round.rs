@@ -5,7 +5,7 @@ use gambeson_mesh::desired::{Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteK
 use gambeson_mesh::plan::{Action, Plan};
 
 use super::firewall::ruleset;
-use super::namespace::{in_namespace, kernel, keys, make_tun, sh};
+use crate::common::namespace::{in_namespace, kernel, keys, make_tun, sh};
 
 fn desired() -> Desired {
     let unreachable = Route { next_hop: NextHop::Unreachable, mtu: None, source: None };
@@ -47,7 +47,7 @@ fn the_plan_after_a_plan_is_empty_and_damage_is_repaired() {
             assert_eq!(next, Plan::default(), "{step}");
         }
         // A new agent does not know yet that the ruleset is its own, and nothing else is done.
-        let mut restarted = super::namespace::kernel().await;
+        let mut restarted = crate::common::namespace::kernel().await;
         let plan = Plan::new(&desired, &restarted.observe().await.unwrap());
         assert_eq!(plan.actions, [Action::SetRuleset(ruleset(true))]);
     });

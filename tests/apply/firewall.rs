@@ -3,8 +3,8 @@ use std::net::UdpSocket;
 use gambeson_mesh::desired::Ruleset;
 use gambeson_mesh::plan::Action;
 
-use super::namespace::{execute, in_namespace, kernel, sh};
-use crate::apply::GuardDrops;
+use crate::common::namespace::{execute, in_namespace, kernel, sh};
+use gambeson::apply::GuardDrops;
 
 pub(super) fn ruleset(masquerade: bool) -> Ruleset {
     let networks = ["10.244.0.0/16", "fd00:10:244::/48"];

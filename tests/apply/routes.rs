@@ -1,8 +1,8 @@
 use gambeson_mesh::desired::{FAIL_CLOSED_METRIC, NextHop, PEER_ROUTE_METRIC, Route, RouteKey};
 use gambeson_mesh::plan::Action;
 
-use super::namespace::{attempt, execute, in_namespace, kernel, make_tun, sh};
-use crate::apply::ApplyError;
+use crate::common::namespace::{attempt, execute, in_namespace, kernel, make_tun, sh};
+use gambeson::apply::ApplyError;
 
 fn key(destination: &str, metric: u32) -> RouteKey {
     RouteKey { destination: destination.parse().unwrap(), metric }

@@ -4,8 +4,8 @@ use gambeson_mesh::plan::Action;
 use tokio::time::timeout;
 
 use super::firewall::ruleset;
-use super::namespace::{execute, in_namespace, kernel, make_tun, sh};
-use crate::apply::Events;
+use crate::common::namespace::{execute, in_namespace, kernel, make_tun, sh};
+use gambeson::apply::Events;
 
 const SOON: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(100);

@@ -1,3 +1,4 @@
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -7,7 +8,7 @@ use gambeson_mesh::session::DeviceName;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::apply::{ApplyError, Kernel};
+use gambeson::apply::{ApplyError, Kernel};
 
 /// Runs a test in new namespaces, with lo up and an empty `/run`. Needs root.
 pub(crate) fn in_namespace(test: impl AsyncFnOnce() + Send + 'static) {
@@ -20,10 +21,15 @@ pub(crate) fn in_namespace(test: impl AsyncFnOnce() + Send + 'static) {
         mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).unwrap();
         sh("ip link set lo up");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(test());
+        let result = catch_unwind(AssertUnwindSafe(|| runtime.block_on(test())));
+        // A tunnel process ends with its device, and would keep the namespaces otherwise.
+        sh("for i in 0 1 2 3; do ip link delete gambeson$i 2>/dev/null; done; true");
+        if let Err(panic) = result {
+            resume_unwind(panic);
+        }
     })
     .join()
-    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    .unwrap_or_else(|panic| resume_unwind(panic));
 }
 
 /// Runs a command in the namespace, which must succeed, and gives what it printed.
