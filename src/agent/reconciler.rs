@@ -153,9 +153,9 @@ impl Reconciler {
         self.check_foreign(&plan, &mut pass)?;
         self.check_ports(&desired, &observed)?;
         let clean = self.execute(&plan, &mut pass).await?;
-        let closed = clean || is_closed(&desired, &observed);
+        let in_place = clean || is_in_place(&desired, &observed);
         self.started = true;
-        self.hand_over(&local, closed, &mut pass);
+        self.hand_over(&local, in_place, &mut pass);
         publish(publication, &local, self.ready);
         let Inputs { node_uid, underlay, mesh, .. } = inputs;
         pass.view = Some(View { node_uid, local, underlay, mesh, desired, observed });
@@ -379,18 +379,22 @@ impl Reconciler {
         let errors = self.kernel.execute(plan, keys).await;
         pass.actions = plan.actions.len().saturating_sub(errors.len());
         let clean = errors.is_empty();
+        let several = errors.len() > 1;
         for error in errors {
             if !self.is_passing(&error) {
                 return Err(error.into());
             }
-            pass.problems.push(chain(&error));
+            // A link that is not there failed to be made, which has been said.
+            if !(several && matches!(error, ApplyError::LinkGone { .. })) {
+                pass.problems.push(chain(&error));
+            }
         }
         Ok(clean)
     }
 
     /// Tells the CNI plugin and the container runtime, once packets cannot leave in clear.
-    fn hand_over(&mut self, local: &Local, closed: bool, pass: &mut Pass) {
-        if !closed && !self.ready {
+    fn hand_over(&mut self, local: &Local, in_place: bool, pass: &mut Pass) {
+        if !in_place && !self.ready {
             return;
         }
         let handed = self.write_subnet_env(local).and_then(|()| {
@@ -427,9 +431,12 @@ impl Underlay {
     }
 }
 
-/// Whether the guard and every fail-closed route were in the kernel already.
-fn is_closed(desired: &Desired, observed: &Observed) -> bool {
+/// Whether the guard, every fail-closed route and this node's devices were there already.
+fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
     observed.ruleset.as_ref() == Some(&desired.ruleset)
+        && desired.devices.keys().all(|name| {
+            observed.links.get(name).is_some_and(|link| link.ours && link.wireguard.is_some())
+        })
         && desired
             .routes
             .iter()
