@@ -290,7 +290,7 @@ impl Agent {
         let report = self.reporter.report(&pass, &self.cluster.troubles(), now);
         self.status.send_replace(report);
         self.reconciles.record(now.duration_since(started), pass.problems.len());
-        self.pacer.ended(cause, started, now, pass.actions > 0);
+        self.pacer.ended(cause, started, now, !pass.changes.is_empty());
         self.next_look = now + self.pause(&pass);
         Ok(())
     }
@@ -301,6 +301,6 @@ impl Agent {
             return self.retry.wait();
         }
         self.retry.reset();
-        if pass.actions > 0 { VERIFY } else { RESYNC }
+        if !pass.changes.is_empty() { VERIFY } else { RESYNC }
     }
 }

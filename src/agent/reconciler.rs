@@ -47,8 +47,8 @@ pub(super) struct Pass {
     pub(super) view: Option<View>,
     /// What has to happen before there is anything to do.
     pub(super) waiting: Option<String>,
-    /// Changes made to the kernel.
-    pub(super) actions: usize,
+    /// What was tried to change in the kernel, in a few words.
+    pub(super) changes: Vec<String>,
     /// What did not work and is tried again.
     pub(super) problems: Vec<String>,
     /// Whether pods may be started.
@@ -117,7 +117,9 @@ impl Reconciler {
             Action::PutRoute(_, route) => route.next_hop == NextHop::Unreachable,
             _ => false,
         });
-        self.execute(&plan, &mut pass).await?;
+        let closed = self.execute(&plan, &mut pass).await?;
+        // A former agent may have left all that pods need.
+        pass.ready |= closed && SubnetEnv::read(&self.config.subnet_file).is_ok();
         Ok(pass)
     }
 
@@ -134,7 +136,8 @@ impl Reconciler {
             Err(waiting) => {
                 let closed = self.close().await?;
                 pass.problems.extend(closed.problems);
-                pass.actions = closed.actions;
+                pass.changes = closed.changes;
+                pass.ready = closed.ready;
                 pass.waiting = Some(waiting);
                 return Ok(pass);
             }
@@ -377,7 +380,7 @@ impl Reconciler {
             }
         };
         let errors = self.kernel.execute(plan, keys).await;
-        pass.actions = plan.actions.len().saturating_sub(errors.len());
+        pass.changes = plan.actions.iter().map(describe).collect();
         let clean = errors.is_empty();
         let several = errors.len() > 1;
         for error in errors {
@@ -442,6 +445,26 @@ fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
             .iter()
             .filter(|(_, route)| route.next_hop == NextHop::Unreachable)
             .all(|(key, route)| observed.routes.get(key) == Some(route))
+}
+
+/// A change in a few words, for the log.
+fn describe(action: &Action) -> String {
+    match action {
+        Action::SetRuleset(_) => "guard".to_owned(),
+        Action::SetSysctl(sysctl, value) => format!("{} = {value}", sysctl.path()),
+        Action::AddLink { device, .. } => format!("+ link {device}"),
+        Action::DeleteLink(device) => format!("- link {device}"),
+        Action::SetLinkMtu { device, mtu } => format!("{device} mtu {mtu}"),
+        Action::SetLinkUp(device) => format!("{device} up"),
+        Action::AddAddress { device, address } => format!("+ {address} on {device}"),
+        Action::DeleteAddress { device, address } => format!("- {address} on {device}"),
+        Action::ConfigureWireGuard { device, change } => {
+            let (set, removed) = (change.set_peers.len(), change.remove_peers.len());
+            format!("{device} peers +{set} -{removed}")
+        }
+        Action::PutRoute(key, _) => format!("+ route {}", key.destination),
+        Action::DeleteRoute(key) => format!("- route {}", key.destination),
+    }
 }
 
 fn publish(publication: &watch::Sender<Option<Publication>>, local: &Local, ready: bool) {

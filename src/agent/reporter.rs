@@ -23,6 +23,9 @@ use crate::status::{
 /// How often it is said again what the agent waits for.
 const REMIND: Duration = Duration::from_secs(60);
 
+/// Changes that one log line names; the level DEBUG has all of them.
+const CHANGES_SHOWN: usize = 8;
+
 /// Compares each pass with the one before.
 #[derive(Debug)]
 pub(super) struct Reporter {
@@ -64,8 +67,10 @@ impl Reporter {
     /// Logs what changed since the last pass, and gives the status after this one.
     /// `troubles` are those of other parts of the agent.
     pub(super) fn report(&mut self, pass: &Pass, troubles: &[String], now: Instant) -> Status {
-        if pass.actions > 0 {
-            info!(changes = pass.actions, "changed the kernel");
+        if !pass.changes.is_empty() {
+            let shown = pass.changes.iter().take(CHANGES_SHOWN);
+            let what: Vec<&str> = shown.map(String::as_str).collect();
+            info!(changes = pass.changes.len(), what = what.join(", "), "changed the kernel");
         }
         self.report_problems(&pass.problems);
         self.report_waiting(pass.waiting.as_deref(), now);
@@ -132,8 +137,7 @@ impl Reporter {
             if self.refused.get(name) == Some(refusal) {
                 continue;
             }
-            if matches!(refusal, Refusal::NoKey | Refusal::NoPodCidr) {
-                // What every Node goes through when it joins, and nobody has to look at.
+            if is_joining(refusal) {
                 info!(peer = name, "peer is not there yet: it {refusal}");
                 continue;
             }
@@ -145,8 +149,9 @@ impl Reporter {
                 reason: refusal.to_string(),
             });
         }
-        for name in self.refused.keys() {
-            if !mesh.refused.contains_key(name) && mesh.peers.contains_key(name) {
+        for (name, refusal) in &self.refused {
+            let solved = !mesh.refused.contains_key(name) && mesh.peers.contains_key(name);
+            if solved && !is_joining(refusal) {
                 info!(peer = name, "peer is no longer refused");
             }
         }
@@ -191,6 +196,11 @@ impl Reporter {
             .collect();
         status
     }
+}
+
+/// What every Node goes through when it joins, and nobody has to look at.
+fn is_joining(refusal: &Refusal) -> bool {
+    matches!(refusal, Refusal::NoKey | Refusal::NoPodCidr)
 }
 
 fn implementation_name(implementation: Implementation) -> &'static str {

@@ -156,7 +156,8 @@ fn describe(error: &kube::Error) -> String {
     let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(error);
     while let Some(error) = cause {
         let part = error.to_string();
-        if !text.contains(&part) {
+        // "client error (Connect)" says nothing that its cause does not say better.
+        if !text.contains(&part) && !part.starts_with("client error") {
             let separator = if text.is_empty() { "" } else { ": " };
             text = format!("{text}{separator}{part}");
         }

@@ -188,20 +188,20 @@ impl Publisher {
         };
         let before = self.health.send_replace(Some(text.clone()));
         if before.is_none() {
-            warn!(error = text, "this node's annotations are not up to date; retrying");
+            warn!("{text}; retrying");
         } else {
-            debug!(error = text, "this node's annotations are still not up to date");
+            debug!("still {text}");
         }
     }
 
     fn recovered(&self, difference: &Difference) {
         self.health.send_replace(None);
-        info!(
-            node = self.node,
-            annotations = difference.annotations.len(),
-            network_up = difference.network_up,
-            "published"
-        );
+        if !difference.annotations.is_empty() {
+            info!(node = self.node, "published the annotations");
+        }
+        if difference.network_up {
+            info!(node = self.node, "published that the network is up");
+        }
     }
 }
 

@@ -227,7 +227,7 @@ async fn survives_every_status_code() {
     let mut watching = Watching::start(&faults).await;
     let trouble = watching.health.wait_for(Option::is_some);
     let text = timeout(Duration::from_secs(5), trouble).await.unwrap().unwrap().clone().unwrap();
-    assert_eq!(text, "because of the test (403)");
+    assert_eq!(text, "cannot follow the Nodes: because of the test (403)");
     watching.until("listed", |nodes| nodes.records().len() == 2).await;
     watching.follows().await;
     assert_eq!(*watching.health.borrow(), None);

@@ -33,7 +33,7 @@ const WATCH_MARGIN: Duration = Duration::from_secs(5);
 const PAGE: u32 = 500;
 /// Waits after a failure.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
-const LONGEST_WAIT: Duration = Duration::from_secs(8);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 /// A watch that ended sooner than this is not resumed at once.
 const SHORT_WATCH: Duration = Duration::from_secs(1);
 
@@ -186,12 +186,12 @@ impl NodeWatch {
     }
 
     fn report(&self, error: &WatchError) {
-        let text = error.to_string();
+        let text = format!("cannot follow the Nodes: {error}");
         let before = self.health.send_replace(Some(text.clone()));
         if before.is_none() {
-            warn!(error = text, "cannot follow the Nodes; keeping the last known state, retrying");
+            warn!("{text}; keeping the last known state, retrying");
         } else {
-            debug!(error = text, "still cannot follow the Nodes");
+            debug!("still {text}");
         }
     }
 
