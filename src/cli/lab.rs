@@ -3,15 +3,20 @@
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use clap::Subcommand;
 use nix::sys::signal::{SigSet, Signal};
 
-use super::Failure;
+use super::{Exit, Failure};
+use crate::lab::traffic::{FlowReport, Rate, Traffic, report_table};
 use crate::lab::{
     Family, INTERRUPTED, Lab, LabError, LabName, Options, Progress, WireguardModes, paint,
     run_api_server,
 };
+
+/// How long the last packets may take to arrive.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Make a cluster of network namespaces on this machine, with real agents and pods.
 ///
@@ -53,6 +58,10 @@ enum LabCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Send numbered packets both ways between two pods and count what is lost
+    ///
+    /// Exits with 8 unless every packet arrived once and unchanged.
+    Traffic(TrafficArgs),
     /// Run a program on a node or in a pod
     Exec {
         /// node-1, pod-1-1, ...
@@ -100,6 +109,28 @@ struct UpArgs {
     routed: bool,
 }
 
+#[derive(Debug, clap::Args)]
+struct TrafficArgs {
+    /// One pod
+    #[arg(long, default_value = "pod-1-1")]
+    from: String,
+    /// The other pod
+    #[arg(long, default_value = "pod-2-1")]
+    to: String,
+    /// Packets per second in each direction
+    #[arg(long, default_value_t = 1000)]
+    rate: u32,
+    /// UDP payload of each in bytes
+    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u16).range(16..))]
+    payload: u16,
+    /// For how long
+    #[arg(long, default_value_t = 5)]
+    seconds: u64,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
 pub(super) fn run(args: Args) -> Result<(), Failure> {
     let name = args.name;
     match args.command {
@@ -114,6 +145,7 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
             Ok(())
         }
         LabCommand::Verify { json } => verify(&name, json),
+        LabCommand::Traffic(args) => traffic(&name, &args),
         LabCommand::Exec { place, command } => exec(&name, &place, &command),
         LabCommand::Kubeconfig => {
             print!("{}", Lab::open(&name)?.kubeconfig());
@@ -152,8 +184,40 @@ fn up(name: LabName, args: UpArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn verify(_name: &LabName, _json: bool) -> Result<(), Failure> {
-    Ok(())
+fn verify(name: &LabName, json: bool) -> Result<(), Failure> {
+    let verification = Lab::open(name)?.verify(&Progress::on_stderr())?;
+    if json {
+        print_json(&verification)?;
+    } else {
+        println!("{}", paint(&verification.to_string()));
+    }
+    if verification.ok {
+        return Ok(());
+    }
+    let failures = verification.failures.join("\n  ");
+    Err(Failure::new(Exit::CheckFailed, format!("lab {name} does not hold:\n  {failures}")))
+}
+
+/// Sends numbered packets both ways between two pods.
+fn traffic(name: &LabName, args: &TrafficArgs) -> Result<(), Failure> {
+    let lab = Lab::open(name)?;
+    let pair = (lab.pod(&args.from)?, lab.pod(&args.to)?);
+    let rate = Rate { packets_per_second: args.rate, payload: args.payload.into() };
+    let progress = Progress::on_stderr();
+    progress.step(format!("sending for {} s", args.seconds));
+    let traffic = Traffic::start(&[pair], rate)?;
+    std::thread::sleep(Duration::from_secs(args.seconds));
+    let reports = traffic.finish(GRACE);
+    progress.done();
+    if args.json {
+        print_json(&reports)?;
+    } else {
+        println!("{}", paint(&report_table(&reports)));
+    }
+    if reports.iter().all(FlowReport::is_perfect) {
+        return Ok(());
+    }
+    Err(Failure::new(Exit::CheckFailed, "not every packet arrived once and unchanged"))
 }
 
 fn exec(name: &LabName, place: &str, command: &[String]) -> Result<(), Failure> {

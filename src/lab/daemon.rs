@@ -88,6 +88,8 @@ pub(super) fn start_agent(options: &Options, node: NodeIndex) -> Result<ProcessI
     command
         .args(["agent", "--kubeconfig", KUBECONFIG, "--cluster-cidr", &networks.join(",")])
         .args(["--cni-conf-dir", CONF_DIR, "--iface", UNDERLAY_INTERFACE])
+        // As Flannel's own manifest has it.
+        .arg("--ip-masq")
         .args(["--wireguard", options.wireguard.of(&node.name()).as_str()])
         .args(&options.agent_arguments)
         .env("NODE_NAME", node.name())

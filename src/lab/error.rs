@@ -203,6 +203,18 @@ impl std::fmt::Display for LogTail {
     }
 }
 
+/// An error with all its causes, in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
 /// `File` with the operation and the path, for `map_err`.
 pub(super) fn file_error(
     action: &'static str,

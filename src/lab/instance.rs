@@ -178,12 +178,12 @@ impl Lab {
     fn build(&self, progress: &Progress) -> Result<(), LabError> {
         let options = &self.options;
         self.change(|_| {})?;
-        progress.step("making the network");
+        step(progress, "making the network")?;
         for node in options.node_indices() {
             self.make_node_folder(node)?;
         }
         network::build(options)?;
-        progress.step("starting the API server");
+        step(progress, "starting the API server")?;
         let store = Store::open(&options.state_dir().join(JOURNAL))?;
         store.seed(options.node_indices().map(|node| node_object(options, node)))?;
         drop(store);
@@ -197,13 +197,13 @@ impl Lab {
 
     /// Starts every agent, attaches every pod, and waits for a path between all nodes.
     fn start(&self, progress: &Progress) -> Result<(), LabError> {
-        progress.step("starting the agents");
+        step(progress, "starting the agents")?;
         for node in self.nodes() {
             node.start_agent()?;
         }
-        progress.step("attaching the pods");
+        step(progress, "attaching the pods")?;
         in_parallel(self.nodes(), |node| node.attach_pods())?;
-        progress.step("waiting for the tunnels");
+        step(progress, "waiting for the tunnels")?;
         in_parallel(self.nodes(), |node| node.wait_for_paths(PATH_TIMEOUT))
     }
 
@@ -295,6 +295,15 @@ impl Node<'_> {
             })
         })
     }
+}
+
+/// Tells what comes next, unless the person at the terminal wants to stop.
+fn step(progress: &Progress, what: &str) -> Result<(), LabError> {
+    if INTERRUPTED.load(Ordering::Relaxed) {
+        return Err(LabError::Interrupted);
+    }
+    progress.step(what);
+    Ok(())
 }
 
 /// Ends processes with this signal, and waits until they have.

@@ -26,6 +26,8 @@ mod runtime;
 mod state;
 mod status;
 mod teardown;
+pub mod traffic;
+pub mod verify;
 pub mod wait;
 
 pub use client::{Api, Patch};

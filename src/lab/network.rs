@@ -83,8 +83,8 @@ fn node_lines(options: &Options, node: NodeIndex) -> Vec<String> {
     lines.extend(addresses.iter().map(|address| add_address(address, UNDERLAY_INTERFACE)));
     lines.push(format!("link set {UNDERLAY_INTERFACE} up"));
     for gateway in options.gateway_addresses(node) {
-        let family = if gateway.addr().is_ipv6() { "-6" } else { "-4" };
-        lines.push(format!("{family} route add default via {}", gateway.addr()));
+        let everything = if gateway.addr().is_ipv6() { "::/0" } else { "0.0.0.0/0" };
+        lines.push(format!("route add {everything} via {}", gateway.addr()));
     }
     lines
 }

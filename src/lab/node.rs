@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt};
-use serde_json::Value;
+
+use crate::status::Status;
 
 use super::daemon::{self, AGENT_LOG};
 use super::error::{LabError, LogTail, file_error};
@@ -21,8 +22,6 @@ use super::network::{hub_port, ip};
 use super::probe::ping::Pinger;
 use super::process::ProcessId;
 
-/// The agent's status socket, as seen on the node.
-const STATUS_SOCKET: &str = "/run/gambeson/agent.sock";
 /// Folder of the userspace devices' sockets, as seen on the node.
 const WIREGUARD_SOCKETS: &str = "/run/wireguard";
 /// How long an agent may take to answer.
@@ -130,9 +129,9 @@ impl<'a> Node<'a> {
         std::fs::read_to_string(&path).map_err(file_error("read", path))
     }
 
-    /// The agent's status document.
-    pub fn status(&self) -> Result<Value, LabError> {
-        let path = self.host_path(Path::new(STATUS_SOCKET));
+    /// What the agent says of itself.
+    pub fn status(&self) -> Result<Status, LabError> {
+        let path = self.host_path(Path::new(crate::config::DEFAULT_SOCKET));
         let read = || {
             let mut stream = UnixStream::connect(&path)?;
             stream.set_read_timeout(Some(STATUS_TIMEOUT))?;
