@@ -6,5 +6,6 @@ mod apply;
 mod cni;
 mod common;
 mod kernel;
+mod lab;
 mod underlay;
 mod vm;

@@ -1,5 +1,7 @@
 //! `gambeson lab`: a cluster of network namespaces on this machine.
 
+use std::env;
+use std::iter;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::Ordering;
@@ -221,9 +223,18 @@ fn traffic(name: &LabName, args: &TrafficArgs) -> Result<(), Failure> {
 }
 
 fn exec(name: &LabName, place: &str, command: &[String]) -> Result<(), Failure> {
-    let environment = Lab::open(name)?.environment(place)?;
+    let lab = Lab::open(name)?;
     let (program, arguments) = command.split_first().map_or(("", &[][..]), |(p, a)| (p, a));
-    Err(environment.exec(Command::new(program).args(arguments)).into())
+    let mut command = Command::new(program);
+    command.args(arguments);
+    // `gambeson` is the lab's own, wherever it was built.
+    if let (Some(folder), Some(path)) = (lab.options().binary.parent(), env::var_os("PATH")) {
+        let folders = iter::once(folder.to_owned()).chain(env::split_paths(&path));
+        if let Ok(path) = env::join_paths(folders) {
+            command.env("PATH", path);
+        }
+    }
+    Err(lab.environment(place)?.exec(&mut command).into())
 }
 
 fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {

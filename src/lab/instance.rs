@@ -308,8 +308,7 @@ fn step(progress: &Progress, what: &str) -> Result<(), LabError> {
 
 /// Ends processes with this signal, and waits until they have.
 pub(super) fn end(processes: &[ProcessId], signal: Signal, name: &str) -> Result<(), LabError> {
-    processes.iter().for_each(|process| process.signal(signal));
-    if process::terminate(processes) { Ok(()) } else { Err(LabError::Stuck(name.to_owned())) }
+    if process::end(processes, signal) { Ok(()) } else { Err(LabError::Stuck(name.to_owned())) }
 }
 
 /// Does the same on many things at once; the first error wins.

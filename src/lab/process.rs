@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::wait::until;
 
-/// How long a process gets to end after SIGTERM, and after SIGKILL.
+/// How long a process gets to end after each signal.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// A process, for as long as it lives.
@@ -44,10 +44,11 @@ impl ProcessId {
     }
 }
 
-/// Ends processes: politely, then for sure. False when one of them would not end.
-pub(super) fn terminate(processes: &[ProcessId]) -> bool {
+/// Ends processes, with SIGKILL those that do not end on this signal. False when one of them
+/// would not end at all.
+pub(super) fn end(processes: &[ProcessId], signal: Signal) -> bool {
     let ended = || processes.iter().all(|process| !process.is_alive());
-    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+    for signal in [signal, Signal::SIGKILL] {
         processes.iter().for_each(|process| process.signal(signal));
         if until(Instant::now() + GRACE, || ended().then_some(())).is_some() {
             return true;
@@ -110,7 +111,7 @@ mod tests {
         assert!(process.is_alive());
         let somebody_else = ProcessId { started: process.started + 1, ..process };
         assert!(!somebody_else.is_alive());
-        assert!(terminate(&[process, somebody_else]));
+        assert!(end(&[process, somebody_else], Signal::SIGTERM));
         assert!(!process.is_alive());
         child.wait().unwrap();
     }

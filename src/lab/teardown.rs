@@ -3,8 +3,11 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::mount::{MntFlags, umount2};
+use nix::sys::signal::Signal;
 
 use super::error::{LabError, file_error};
 use super::layout::{NETNS_ROOT, STATE_ROOT, is_netns_of, state_dir};
@@ -16,11 +19,13 @@ use super::runtime::{CONF_DIR, ConfList};
 use super::state::State;
 use super::{daemon, instance};
 
+/// How long a child of a killed `lab up` may still be at work.
+const SETTLE_TIME: Duration = Duration::from_millis(50);
+
 /// Removes everything that belongs to the lab. False when there was nothing.
 pub(super) fn take_down(name: &LabName, progress: &Progress) -> Result<bool, LabError> {
     let folder = state_dir(name);
-    let namespaces = namespaces_of(name);
-    if namespaces.is_empty() && !folder.exists() {
+    if namespaces_of(name).is_empty() && !folder.exists() {
         return Ok(false);
     }
     progress.step(format!("taking down lab {name}"));
@@ -29,16 +34,20 @@ pub(super) fn take_down(name: &LabName, progress: &Progress) -> Result<bool, Lab
     if let Some(state) = &state {
         detach_pods(state);
     }
-    let mut processes = processes_of(name, &namespaces, state.as_ref());
-    // A process that was just about to start another leaves that one behind.
-    while !processes.is_empty() {
-        if !process::terminate(&processes) {
-            return Err(left(name, LabError::Stuck("a process of the lab".to_owned())));
+    let finished = state.as_ref().is_some_and(|state| state.finished);
+    loop {
+        end_processes(name, state.as_ref()).map_err(|error| left(name, error))?;
+        for netns in namespaces_of(name) {
+            remove_netns(&netns.path()).map_err(|error| left(name, error))?;
         }
-        processes = processes_of(name, &namespaces, state.as_ref());
-    }
-    for netns in &namespaces {
-        remove_netns(&netns.path()).map_err(|error| left(name, error))?;
+        if finished {
+            break;
+        }
+        // A `lab up` that was killed may have a child that is still making something.
+        thread::sleep(SETTLE_TIME);
+        if namespaces_of(name).is_empty() && processes_of(name, state.as_ref()).is_empty() {
+            break;
+        }
     }
     remove_folder(&folder).map_err(|error| left(name, error))?;
     // Only the last lab takes the folder of all labs with it.
@@ -57,9 +66,23 @@ fn namespaces_of(name: &LabName) -> Vec<Netns> {
     names.filter(|netns| is_netns_of(name, netns)).map(Netns::named).collect()
 }
 
+fn end_processes(name: &LabName, state: Option<&State>) -> Result<(), LabError> {
+    loop {
+        let processes = processes_of(name, state);
+        if processes.is_empty() {
+            return Ok(());
+        }
+        // There is nothing that they could put in order which does not go anyway. One that was
+        // just about to start another leaves that one for the next round.
+        if !process::end(&processes, Signal::SIGKILL) {
+            return Err(LabError::Stuck("a process of the lab".to_owned()));
+        }
+    }
+}
+
 /// What runs in the namespaces, and the API server, which runs outside.
-fn processes_of(name: &LabName, namespaces: &[Netns], state: Option<&State>) -> Vec<ProcessId> {
-    let identities: Vec<_> = namespaces.iter().filter_map(Netns::identity).collect();
+fn processes_of(name: &LabName, state: Option<&State>) -> Vec<ProcessId> {
+    let identities: Vec<_> = namespaces_of(name).iter().filter_map(Netns::identity).collect();
     let mut processes = process::in_namespaces(&identities);
     let api = daemon::api_arguments(name);
     processes.extend(process::with_arguments(&api.each_ref().map(String::as_str)));
