@@ -24,9 +24,11 @@ pub struct Nodes {
     prefix: String,
     records: BTreeMap<NodeName, NodeRecord>,
     own_condition: Option<Condition>,
-    /// Resource version up to which everything has been seen. Events at or below it are
-    /// duplicates or late.
-    seen: Option<u64>,
+    /// Resource version of the last list. Events at or below it are late.
+    listed_at: u64,
+    /// Resource version of the last event of each Node since then, of deleted ones too: what
+    /// is at or below it is a duplicate, late, or out of order.
+    seen: BTreeMap<NodeName, u64>,
     listed: bool,
 }
 
@@ -121,7 +123,8 @@ impl Nodes {
         self.records = records;
         self.own_condition = condition;
         self.listed = true;
-        self.seen = version;
+        self.listed_at = version.unwrap_or_default();
+        self.seen.clear();
         Ok(changed)
     }
 
@@ -158,14 +161,15 @@ impl Nodes {
         self.records.remove(node.name()).is_some()
     }
 
-    /// Whether an event is newer than everything seen. Versions that are not numbers cannot
-    /// be compared, and are believed.
+    /// Whether an event is newer than all that is known of its Node. Versions that are not
+    /// numbers cannot be compared, and are believed.
     fn is_news(&mut self, node: &NodeObject) -> bool {
         let Some(version) = node.version() else { return true };
-        if self.seen.is_some_and(|seen| version <= seen) {
+        let seen = self.seen.get(node.name()).copied().unwrap_or(self.listed_at);
+        if version <= seen {
             return false;
         }
-        self.seen = Some(version);
+        self.seen.insert(node.name().to_owned(), version);
         true
     }
 }
@@ -238,6 +242,16 @@ mod tests {
         store.delete(&node("b", 13, ""));
         assert_eq!(names(&store), ["a"]);
         assert_eq!(*changes.borrow(), 3, "list, change, delete");
+    }
+
+    #[test]
+    fn events_of_different_nodes_may_come_in_any_order() {
+        let store = store();
+        store.apply(&node("b", 12, "new"));
+        store.apply(&node("a", 11, "new"));
+        for name in ["a", "b"] {
+            assert_eq!(store.nodes().records()[name].annotations["port"], "new");
+        }
     }
 
     #[test]
