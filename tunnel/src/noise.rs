@@ -213,11 +213,10 @@ impl Noise {
             return Sealed::Waiting;
         }
         if let Some(retired) = self.retired.as_mut().filter(|retired| retired.sending) {
-            if retired.tunn.time_since_last_handshake().is_some() {
-                if let TunnResult::WriteToNetwork(datagram) = retired.tunn.encapsulate(packet, out)
-                {
-                    return Sealed::Datagram(datagram.len());
-                }
+            if retired.tunn.time_since_last_handshake().is_some()
+                && let TunnResult::WriteToNetwork(datagram) = retired.tunn.encapsulate(packet, out)
+            {
+                return Sealed::Datagram(datagram.len());
             }
             retired.sending = false;
         }

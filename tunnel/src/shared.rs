@@ -74,28 +74,27 @@ impl Shared {
 
     /// Follows the TUN device: its MTU, and whether it is up.
     pub(crate) fn follow_link(&self) {
-        let state = match self.tun.link().state() {
-            Ok(state) => state,
-            Err(error) => {
-                // It may have moved to another network namespace, where it cannot be asked.
-                // A deleted one makes its reader end.
-                tracing::debug!(%error, "cannot look at the TUN device");
-                return;
+        let up = match self.tun.link().state() {
+            Ok(state) => {
+                self.device.set_mtu(state.mtu);
+                state.up
             }
+            // It has moved to another network namespace, where it cannot be asked: take
+            // packets from it as they come. (A deleted one makes its reader end.)
+            Err(_) => true,
         };
-        self.device.set_mtu(state.mtu);
-        if state.up == self.device.is_up() {
+        if up == self.device.is_up() {
             return;
         }
-        if state.up {
+        if up {
             let settings = self.settings.lock();
             if let Err(error) = self.listen(&settings) {
                 tracing::warn!(%error, port = settings.listen_port, "cannot listen");
             }
         }
-        tracing::info!(up = state.up, "TUN device");
+        tracing::info!(up, "TUN device");
         let mut outbox = Outbox::new();
-        self.device.set_up(state.up, &mut outbox);
+        self.device.set_up(up, &mut outbox);
         self.send(&outbox);
     }
 
@@ -158,10 +157,10 @@ impl Configurable for Shared {
             return Err(Errno::ENOMEM);
         }
         let sockets = self.bind_for(&settings, update)?;
-        if let (Some(fwmark), None, Some(current)) = (update.fwmark, &sockets, self.sockets()) {
-            if fwmark != settings.fwmark {
-                current.set_fwmark(fwmark).map_err(|error| errno(&error))?;
-            }
+        if let (Some(fwmark), None, Some(current)) = (update.fwmark, &sockets, self.sockets())
+            && fwmark != settings.fwmark
+        {
+            current.set_fwmark(fwmark).map_err(|error| errno(&error))?;
         }
         settings.fwmark = update.fwmark.unwrap_or(settings.fwmark);
         settings.listen_port = update.listen_port.unwrap_or(settings.listen_port);

@@ -253,13 +253,13 @@ impl Device {
                 state.endpoint = Some(endpoint);
             }
         }
-        if let Some(preshared_key) = &update.preshared_key {
-            if state.preshared_key != *preshared_key {
-                let had_session = state.has_session();
-                state.set_preshared_key(&peer, preshared_key, config.identity.as_deref());
-                if had_session && self.is_up() {
-                    state.rehandshake(&peer, self.now(), outbox);
-                }
+        if let Some(preshared_key) = &update.preshared_key
+            && state.preshared_key != *preshared_key
+        {
+            let had_session = state.has_session();
+            state.set_preshared_key(&peer, preshared_key, config.identity.as_deref());
+            if had_session && self.is_up() {
+                state.rehandshake(&peer, self.now(), outbox);
             }
         }
         drop(state);
@@ -359,10 +359,10 @@ impl Config {
                     return;
                 }
                 self.allowed_ips_changed = true;
-                if let Some(previous) = self.allowed_ips.insert(prefix, *key) {
-                    if let Some(previous) = self.peers.get_mut(&previous) {
-                        previous.allowed_ips.remove(&prefix);
-                    }
+                if let Some(previous) = self.allowed_ips.insert(prefix, *key)
+                    && let Some(previous) = self.peers.get_mut(&previous)
+                {
+                    previous.allowed_ips.remove(&prefix);
                 }
             }
             AllowedIpChange::Remove(prefix) => {

@@ -7,6 +7,8 @@
 mod config;
 mod peer;
 mod tables;
+#[cfg(test)]
+mod tests;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -168,10 +170,10 @@ impl Device {
         let now = u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX);
         let before = self.clock.swap(now, Ordering::Relaxed);
         let tables = self.tables();
-        if before / 1000 != now / 1000 {
-            if let Some(identity) = &tables.identity {
-                identity.reset_load();
-            }
+        if before / 1000 != now / 1000
+            && let Some(identity) = &tables.identity
+        {
+            identity.reset_load();
         }
         if !self.is_up() {
             return;
@@ -185,10 +187,10 @@ impl Device {
     pub(crate) fn forget_source(&self, peer: PeerId, source: IpAddr) {
         if let Some(peer) = self.tables().by_id(peer) {
             let mut state = peer.lock();
-            if let Some(endpoint) = &mut state.endpoint {
-                if endpoint.source == Some(source) {
-                    endpoint.source = None;
-                }
+            if let Some(endpoint) = &mut state.endpoint
+                && endpoint.source == Some(source)
+            {
+                endpoint.source = None;
             }
         }
     }

@@ -3,6 +3,8 @@
 mod listener;
 mod parse;
 mod render;
+#[cfg(test)]
+mod tests;
 
 use std::io::{self, Read, Write};
 
