@@ -7,5 +7,6 @@ mod cni;
 mod common;
 mod kernel;
 mod lab;
+mod tunnel;
 mod underlay;
 mod vm;

@@ -161,7 +161,7 @@ mod tests {
         batch.clear();
         batch.push(&[1; 20]);
         batch.push(&[2; 32]);
-        let padded: Vec<_> = batch.padded(28).map(|(packet, padded)| (packet, padded)).collect();
+        let padded: Vec<_> = batch.padded(28).collect();
         assert_eq!(padded[0].0, [1; 20]);
         assert_eq!(padded[0].1[..20], [1; 20]);
         assert_eq!(padded[0].1[20..], [0; 8]);

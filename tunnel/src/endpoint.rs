@@ -7,8 +7,18 @@ use std::net::{IpAddr, SocketAddr};
 pub struct Endpoint {
     /// The peer's underlay address and port.
     pub address: SocketAddr,
-    /// Replies leave from this address; `None` lets the kernel choose.
-    pub source: Option<IpAddr>,
+    /// Replies leave from here; `None` lets the kernel choose.
+    pub source: Option<Source>,
+}
+
+/// An address of ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// The address.
+    pub ip: IpAddr,
+    /// Index of the interface that a link-local address is on, otherwise 0: other sources do
+    /// not tie the route to an interface.
+    pub interface: u32,
 }
 
 impl Endpoint {
@@ -23,5 +33,13 @@ impl Endpoint {
             SocketAddr::V4(_) => address,
         };
         Self { address, source: None }
+    }
+}
+
+impl Source {
+    /// This address, on this interface.
+    pub fn new(ip: IpAddr, interface: u32) -> Self {
+        let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
+        Self { ip, interface: if link_local { interface } else { 0 } }
     }
 }

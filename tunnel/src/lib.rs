@@ -25,6 +25,6 @@ pub use batch::{Batch, Destination, Outbox};
 pub use device::{
     AllowedIpChange, Datagram, Device, DeviceUpdate, PeerId, PeerStatus, PeerUpdate, TICK,
 };
-pub use endpoint::Endpoint;
+pub use endpoint::{Endpoint, Source};
 pub use error::TunnelError;
 pub use tunnel::{DEFAULT_MTU, Options, SOCKET_DIRECTORY, Tunnel, run};

@@ -84,7 +84,7 @@ impl Identity {
         *clamp(private) == *self.private.as_bytes()
     }
 
-    /// Begins a new second of the load limit.
+    /// Begins a new second of the load limit, if the last one is over.
     pub(crate) fn reset_load(&self) {
         self.limiter.reset_count();
     }

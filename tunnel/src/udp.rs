@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use crate::batch::{MAX_PACKET, Outbox};
 use crate::device::{Datagram, Device};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Source};
 
 /// How many datagrams one receive takes.
 const RECEIVE: usize = 32;
@@ -217,21 +217,20 @@ fn send_message(fd: RawFd, bytes: &[u8], to: &Endpoint) -> io::Result<()> {
 }
 
 /// Writes the source address as packet information. Returns the length of the control data.
-fn write_source(message: &libc::msghdr, source: IpAddr, to: SocketAddr) -> usize {
-    match (source, to) {
-        (IpAddr::V4(source), SocketAddr::V4(_)) => {
+fn write_source(message: &libc::msghdr, source: Source, to: SocketAddr) -> usize {
+    match (source.ip, to) {
+        (IpAddr::V4(ip), SocketAddr::V4(_)) => {
             let info = libc::in_pktinfo {
                 ipi_ifindex: 0,
-                ipi_spec_dst: libc::in_addr { s_addr: u32::from(source).to_be() },
+                ipi_spec_dst: libc::in_addr { s_addr: u32::from(ip).to_be() },
                 ipi_addr: libc::in_addr { s_addr: 0 },
             };
             write_control(message, libc::IPPROTO_IP, libc::IP_PKTINFO, info)
         }
-        (IpAddr::V6(source), SocketAddr::V6(to)) => {
+        (IpAddr::V6(ip), SocketAddr::V6(_)) => {
             let info = libc::in6_pktinfo {
-                ipi6_addr: libc::in6_addr { s6_addr: source.octets() },
-                // The scope of a link-local peer is its interface; others are routed.
-                ipi6_ifindex: to.scope_id(),
+                ipi6_addr: libc::in6_addr { s6_addr: ip.octets() },
+                ipi6_ifindex: source.interface,
             };
             write_control(message, libc::IPPROTO_IPV6, libc::IPV6_PKTINFO, info)
         }
@@ -283,9 +282,9 @@ impl Receiver {
         }
     }
 
-    /// Receives what there is on one of the sockets, without waiting. Returns whether there
-    /// may be more.
-    pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<bool> {
+    /// Receives what there is on one of the sockets, up to a full set of buffers, without
+    /// waiting.
+    pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         self.received = 0;
         self.prepare();
         // SAFETY: each header points to a name, a buffer and a control buffer that live in
@@ -302,9 +301,9 @@ impl Receiver {
         match Errno::result(count) {
             Ok(count) => {
                 self.received = usize::try_from(count).unwrap_or(0);
-                Ok(self.received == RECEIVE)
+                Ok(())
             }
-            Err(Errno::EAGAIN | Errno::EINTR) => Ok(false),
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
@@ -361,7 +360,7 @@ fn socket_address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
 }
 
 /// The address of ours that a datagram was sent to.
-fn destination(message: &libc::msghdr) -> Option<IpAddr> {
+fn destination(message: &libc::msghdr) -> Option<Source> {
     // SAFETY: the header points to control data that the kernel has written, of the length
     // that it has set, so that the walk stays inside; values are read unaligned.
     unsafe {
@@ -371,11 +370,13 @@ fn destination(message: &libc::msghdr) -> Option<IpAddr> {
             match (control.cmsg_level, control.cmsg_type) {
                 (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
                     let info = data.cast::<libc::in_pktinfo>().read_unaligned();
-                    return Some(Ipv4Addr::from(u32::from_be(info.ipi_spec_dst.s_addr)).into());
+                    let ip = Ipv4Addr::from(u32::from_be(info.ipi_spec_dst.s_addr));
+                    return Some(Source::new(ip.into(), 0));
                 }
                 (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
                     let info = data.cast::<libc::in6_pktinfo>().read_unaligned();
-                    return Some(Ipv6Addr::from(info.ipi6_addr.s6_addr).into());
+                    let ip = Ipv6Addr::from(info.ipi6_addr.s6_addr);
+                    return Some(Source::new(ip.into(), info.ipi6_ifindex));
                 }
                 _ => header = libc::CMSG_NXTHDR(message, header),
             }

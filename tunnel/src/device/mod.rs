@@ -20,7 +20,7 @@ pub use config::{AllowedIpChange, DeviceUpdate, PeerStatus, PeerUpdate};
 pub use tables::PeerId;
 
 use crate::batch::{Batch, MAX_PACKET, Outbox};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Source};
 use crate::noise::{Admission, COOKIE_LEN, HANDSHAKE_LEN, Message, OVERHEAD, Opened, Sealed};
 use config::Config;
 use peer::{Peer, State};
@@ -50,7 +50,7 @@ pub struct Datagram<'a> {
     /// Who sent it.
     pub from: SocketAddr,
     /// The address of ours that it was sent to, if known.
-    pub to: Option<IpAddr>,
+    pub to: Option<Source>,
 }
 
 impl Device {
@@ -168,11 +168,9 @@ impl Device {
     /// time since the device was made, by a monotonic clock.
     pub fn tick(&self, uptime: std::time::Duration, outbox: &mut Outbox) {
         let now = u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX);
-        let before = self.clock.swap(now, Ordering::Relaxed);
+        self.clock.store(now, Ordering::Relaxed);
         let tables = self.tables();
-        if before / 1000 != now / 1000
-            && let Some(identity) = &tables.identity
-        {
+        if let Some(identity) = &tables.identity {
             identity.reset_load();
         }
         if !self.is_up() {
@@ -184,7 +182,7 @@ impl Device {
     }
 
     /// Stops replying from `source` to a peer, because that address has gone away.
-    pub(crate) fn forget_source(&self, peer: PeerId, source: IpAddr) {
+    pub(crate) fn forget_source(&self, peer: PeerId, source: Source) {
         if let Some(peer) = self.tables().by_id(peer) {
             let mut state = peer.lock();
             if let Some(endpoint) = &mut state.endpoint

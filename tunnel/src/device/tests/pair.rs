@@ -9,7 +9,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use crate::device::{AllowedIpChange, Datagram, Device, DeviceUpdate, PeerStatus, PeerUpdate};
-use crate::{Batch, Outbox};
+use crate::{Batch, Outbox, Source};
 
 pub(super) const MTU: usize = 1420;
 
@@ -79,7 +79,7 @@ impl Node {
     /// Receives one datagram: the packets that come out, and the answers.
     pub(super) fn open_from(&self, bytes: &[u8], from: SocketAddr) -> (Vec<Vec<u8>>, Vec<Sent>) {
         let (mut packets, mut outbox) = (Batch::new(), Outbox::new());
-        let datagram = Datagram { bytes, from, to: Some(self.address.ip()) };
+        let datagram = Datagram { bytes, from, to: Some(Source::new(self.address.ip(), 1)) };
         self.device.open([datagram], &mut packets, &mut outbox);
         (packets.packets().map(<[u8]>::to_vec).collect(), sent(&outbox))
     }

@@ -1,0 +1,7 @@
+//! The userspace tunnel as operators use it: the real binary, `wg`, `wg-quick`, `ip`, `ping`
+//! and `iperf3` on throw-away hosts.
+
+mod configuration;
+mod host;
+mod lifecycle;
+mod traffic;

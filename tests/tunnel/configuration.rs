@@ -1,0 +1,152 @@
+use std::fmt::Write as _;
+
+use super::host::{GAMBESON, Pair, wait_for, wired};
+
+#[test]
+fn setconf_and_showconf_agree_and_syncconf_loses_nothing() {
+    let pair = Pair::over_ipv4();
+    let conf = pair.a.sh("wg showconf wg0");
+    assert!(conf.contains("ListenPort = 5001") && conf.contains("Endpoint = 192.0.2.2:5002"));
+    pair.a.sh_with("wg setconf wg0 /dev/stdin", &conf);
+    assert_eq!(pair.a.sh("wg showconf wg0"), conf);
+    pair.loses_nothing_while(|| {
+        for n in 0..20 {
+            pair.a.sh_with("wg syncconf wg0 /dev/stdin", &conf);
+            let more = format!(
+                "{conf}\n[Peer]\nPublicKey = {}\nAllowedIPs = 10.77.0.0/16\n",
+                pair.key_a.replace(|c: char| c.is_ascii_digit(), "A")
+            );
+            pair.a.sh_with("wg syncconf wg0 /dev/stdin", &more);
+            assert_eq!(pair.a.sh("wg show wg0 peers").lines().count(), 2, "round {n}");
+        }
+    });
+    pair.a.sh_with("wg syncconf wg0 /dev/stdin", &conf);
+    assert_eq!(pair.a.sh("wg showconf wg0"), conf);
+    // Without a port in it, a random one is chosen once and kept.
+    let portless = conf.replace("ListenPort = 5001\n", "");
+    pair.a.sh_with("wg syncconf wg0 /dev/stdin", &portless);
+    let port = pair.a.sh("wg show wg0 listen-port");
+    assert!(port != "5001" && port != "0");
+    pair.a.sh_with("wg syncconf wg0 /dev/stdin", &portless);
+    assert_eq!(pair.a.sh("wg show wg0 listen-port"), port);
+}
+
+#[test]
+fn attributes_of_a_peer_change_without_a_loss() {
+    let pair = Pair::over_ipv4();
+    let (key, other) = (pair.key_b.clone(), pair.key_a.clone());
+    let psk = pair.a.sh("wg genpsk");
+    pair.loses_nothing_while(|| {
+        for seconds in [25, 7, 0, 25] {
+            pair.a.sh(&format!("wg set wg0 peer {key} persistent-keepalive {seconds}"));
+        }
+        pair.a.sh(&format!("wg set wg0 peer {key} allowed-ips 10.9.0.2/32,10.10.0.0/16"));
+        pair.a.sh_with(&format!("wg set wg0 peer {key} preshared-key /dev/stdin"), &psk);
+        pair.b.sh_with(&format!("wg set wg0 peer {other} preshared-key /dev/stdin"), &psk);
+        pair.a.sh("wg set wg0 fwmark 51");
+        pair.a.sh("wg set wg0 fwmark 0");
+    });
+    assert_eq!(pair.a.sh("wg show wg0 preshared-keys | cut -f2"), psk);
+    assert_eq!(pair.a.sh("wg show wg0 persistent-keepalive | cut -f2"), "25");
+    assert_eq!(pair.a.sh("wg show wg0 allowed-ips | cut -f2"), "10.9.0.2/32 10.10.0.0/16");
+}
+
+#[test]
+fn the_listen_port_changes_and_a_taken_one_is_refused() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.a.sh("wg set wg0 listen-port 7001");
+    pair.a.wait_for_ping("10.9.0.2");
+    assert_eq!(pair.b.sh("wg show wg0 endpoints | cut -f2"), "192.0.2.1:7001");
+    assert_eq!(pair.a.sh("ss -Hulnp sport = 7001").lines().count(), 2, "both families");
+    assert_eq!(pair.a.sh("ss -Huln sport = 5001"), "");
+    pair.a.tunnel("wg1");
+    let output = pair.a.attempt("wg set wg1 listen-port 7001 fwmark 9");
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("Address already in use"), "{said}");
+    assert_eq!(pair.a.sh("wg show wg1 fwmark"), "off", "nothing of it is applied");
+}
+
+#[test]
+fn the_fwmark_is_on_what_leaves() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.a.sh("ip rule add fwmark 0x33 blackhole");
+    pair.a.sh("wg set wg0 fwmark 0x33");
+    assert_eq!(pair.a.sh("wg show wg0 fwmark"), "0x33");
+    assert!(!pair.a.pings("10.9.0.2"));
+    // A new port keeps the mark.
+    pair.a.sh("wg set wg0 listen-port 7001");
+    assert!(!pair.a.pings("10.9.0.2"));
+    pair.a.sh("wg set wg0 fwmark 0");
+    pair.a.wait_for_ping("10.9.0.2");
+}
+
+#[test]
+fn a_removed_peer_is_not_heard_any_more() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    let (key_a, key_b) = (&pair.key_a, &pair.key_b);
+    pair.a.sh(&format!("wg set wg0 peer {key_b} remove"));
+    assert_eq!(pair.a.sh("wg show wg0 peers"), "");
+    assert!(!pair.b.pings("10.9.0.1"));
+    // Our own key as a peer is ignored, as the kernel does.
+    pair.a.sh(&format!("wg set wg0 peer {key_a} allowed-ips 10.9.0.0/24"));
+    assert_eq!(pair.a.sh("wg show wg0 peers"), "");
+    pair.a.sh(&format!("wg set wg0 peer {key_b} endpoint 192.0.2.2:5002 allowed-ips 10.9.0.2/32"));
+    pair.a.wait_for_ping("10.9.0.2");
+}
+
+#[test]
+fn two_thousand_peers_are_set_and_shown() {
+    let (a, _b) = wired();
+    a.tunnel("wg0");
+    let mut conf = String::from("[Interface]\nListenPort = 5001\n");
+    for n in 0..2000u32 {
+        let mut key = [7; 32];
+        key[..4].copy_from_slice(&n.to_be_bytes());
+        let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
+        writeln!(conf, "[Peer]\nPublicKey = {key}\nEndpoint = 192.0.2.2:{}", n + 1).unwrap();
+        writeln!(conf, "AllowedIPs = 10.{}.{}.0/24, fd00:{n:x}::/64", n / 256, n % 256).unwrap();
+    }
+    a.sh("wg genkey > /run/key && wg set wg0 private-key /run/key && ip link set wg0 up");
+    a.sh_with("cat > /run/conf", &conf);
+    for _ in 0..2 {
+        a.sh("wg addconf wg0 /run/conf");
+        let dump = a.sh("wg show wg0 dump");
+        assert_eq!(dump.lines().count(), 2001);
+        assert_eq!(dump.matches("/24,fd00:").count(), 2000);
+    }
+    a.sh("echo '[Interface]' > /run/empty && wg syncconf wg0 /run/empty");
+    assert_eq!(a.sh("wg show wg0 dump").lines().count(), 1);
+}
+
+#[test]
+fn wg_quick_brings_it_up_and_down() {
+    let pair = Pair::over_ipv4();
+    let (private, key_b) = (pair.a.sh("wg genkey"), &pair.key_b);
+    let public = pair.a.sh_with("wg pubkey", &private);
+    pair.a.sh(&format!("ln -s {GAMBESON} /run/gambeson-tunnel && mkdir /run/conf"));
+    pair.a.sh_with(
+        "umask 077; cat > /run/conf/wgq.conf",
+        &format!(
+            "[Interface]\nPrivateKey = {private}\nAddress = 10.9.0.3/24\nMTU = 1400\n\
+             [Peer]\nPublicKey = {key_b}\nEndpoint = 192.0.2.2:5002\n\
+             AllowedIPs = 10.9.0.2/32, 10.8.0.0/16\n"
+        ),
+    );
+    pair.a.sh("ip link del wg0");
+    pair.b.sh(&format!("wg set wg0 peer {public} allowed-ips 10.9.0.3/32"));
+    let wg_quick = "WG_QUICK_USERSPACE_IMPLEMENTATION=/run/gambeson-tunnel wg-quick";
+    pair.a.sh(&format!("{wg_quick} up /run/conf/wgq.conf"));
+    assert!(pair.a.sh("ip link show wgq").contains("mtu 1400"));
+    assert!(pair.a.sh("ip route show 10.8.0.0/16").contains("dev wgq"));
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.a.sh(&format!("{wg_quick} down /run/conf/wgq.conf"));
+    pair.a.wait_for_end_of("wgq");
+    wait_for("the next start", || {
+        pair.a.attempt(&format!("{wg_quick} up /run/conf/wgq.conf")).status.success()
+    });
+    pair.a.wait_for_ping("10.9.0.2");
+}

@@ -1,0 +1,160 @@
+use super::host::{Host, Pair, wait_for};
+
+#[test]
+fn packets_pass_and_wg_shows_them() {
+    let pair = Pair::over_ipv4();
+    for address in ["10.9.0.2", "fd00:9::2"] {
+        pair.a.sh(&format!("ping -n -c 3 -i 0.1 -W 2 {address}"));
+    }
+    let dump = pair.b.sh("wg show wg0 dump");
+    let peer: Vec<_> = dump.lines().nth(1).unwrap().split('\t').collect();
+    assert_eq!(peer[0], pair.key_a);
+    assert_eq!(peer[2], "192.0.2.1:5001");
+    assert_eq!(peer[3], "10.9.0.1/32,fd00:9::1/128");
+    let age = pair.b.sh("echo $(($(date +%s) - $(wg show wg0 latest-handshakes | cut -f2)))");
+    assert!((0..=20).contains(&age.parse::<i64>().unwrap()), "{age}");
+    // Six pings of 84 or 104 bytes, padded and sealed, the handshake and the keepalive.
+    let transferred = 3 * (96 + 32) + 3 * (112 + 32) + 148 + 32;
+    assert_eq!(peer[5].parse::<u32>().unwrap(), transferred);
+}
+
+#[test]
+fn it_works_over_ipv6() {
+    let pair = Pair::over("[2001:db8::1]", "[2001:db8::2]");
+    pair.a.sh("ping -n -c 3 -i 0.1 -W 2 10.9.0.2");
+    assert_eq!(pair.b.sh("wg show wg0 endpoints | cut -f2"), "[2001:db8::1]:5001");
+}
+
+#[test]
+fn it_works_over_link_local_addresses() {
+    let pair = Pair::over_ipv4();
+    // At first while our own is still checked for duplicates, and we send from another.
+    let local =
+        |host: &Host| host.sh("ip -6 -o addr show dev eth0 scope link | grep -o 'fe80[^/]*'");
+    let (local_a, local_b) = (local(&pair.a), local(&pair.b));
+    let spoken_to = format!("[{local_b}%eth0]:5002");
+    let key = &pair.key_b;
+    pair.a.sh(&format!("wg set wg0 peer {key} endpoint '{spoken_to}'"));
+    pair.a.wait_for_ping("10.9.0.2");
+    assert_eq!(pair.a.sh("wg show wg0 endpoints | cut -f2"), spoken_to);
+    for host in [&pair.a, &pair.b] {
+        wait_for("the link-local address", || {
+            host.sh("ip -6 addr show dev eth0 scope link tentative").is_empty()
+        });
+    }
+    pair.a.sh(&format!("wg set wg0 peer {key} endpoint 192.0.2.2:5002"));
+    pair.a.sh(&format!("wg set wg0 peer {key} endpoint '{spoken_to}'"));
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.b.wait_for_ping("10.9.0.1");
+    assert_eq!(pair.a.sh("wg show wg0 endpoints | cut -f2"), spoken_to);
+    let heard_from = format!("[{local_a}%eth0]:5001");
+    assert_eq!(pair.b.sh("wg show wg0 endpoints | cut -f2"), heard_from);
+}
+
+#[test]
+fn it_works_on_a_host_without_ipv6() {
+    let pair = Pair::over_ipv4();
+    pair.a.sh("ip link del wg0");
+    pair.a.wait_for_end_of("wg0");
+    pair.a.sh("sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1");
+    pair.a.tunnel("wg0");
+    let (key, peer) = (pair.a.sh("wg genkey"), &pair.key_b);
+    let public = pair.a.sh_with("wg pubkey", &key);
+    pair.a.sh_with(
+        &format!(
+            "wg set wg0 listen-port 5001 private-key /dev/stdin peer {peer} \
+             endpoint 192.0.2.2:5002 allowed-ips 10.9.0.2/32 \
+             && ip addr add 10.9.0.1/24 dev wg0 && ip link set wg0 up"
+        ),
+        &key,
+    );
+    pair.b.sh(&format!("wg set wg0 peer {public} allowed-ips 10.9.0.1/32"));
+    pair.a.wait_for_ping("10.9.0.2");
+}
+
+#[test]
+fn tcp_and_large_packets_pass_whole() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    for size in [1392, 1393, 8000, 60_000] {
+        pair.a.sh(&format!("ping -n -c 2 -i 0.1 -W 2 -s {size} 10.9.0.2"));
+    }
+    let mut server = pair.b.command("iperf3");
+    server.args(["--server", "--one-off", "--forceflush"]).stdout(std::process::Stdio::piped());
+    let mut server = server.spawn().expect("iperf3 (apt-get install iperf3)");
+    wait_for("the iperf3 server", || !pair.b.sh("ss -Htln sport = 5201").is_empty());
+    let report = pair.a.sh("iperf3 --client 10.9.0.2 --time 3 --parallel 2 --json");
+    server.wait().unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let rate = report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap();
+    assert!(rate > 20e6, "{rate} bit/s");
+}
+
+#[test]
+fn the_mtu_can_change_while_it_runs() {
+    let pair = Pair::over_ipv4();
+    for host in [&pair.a, &pair.b] {
+        host.sh("ip link set eth0 mtu 9000 && ip link set wg0 mtu 8920");
+    }
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.a.sh("ping -n -c 2 -i 0.1 -W 2 -M do -s 8892 10.9.0.2");
+    // The underlay gets smaller than what the tunnel sends: datagrams go in fragments.
+    for host in [&pair.a, &pair.b] {
+        host.sh("ip link set eth0 mtu 1300");
+    }
+    pair.a.sh("ping -n -c 2 -i 0.1 -W 2 -M do -s 8892 10.9.0.2");
+}
+
+#[test]
+fn a_peer_that_moves_is_followed() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.b.sh("wg set wg0 listen-port 6002");
+    pair.b.wait_for_ping("10.9.0.1");
+    assert_eq!(pair.a.sh("wg show wg0 endpoints | cut -f2"), "192.0.2.2:6002");
+    pair.b.sh("ip addr del 192.0.2.2/24 dev eth0 && ip addr add 192.0.2.77/24 dev eth0");
+    pair.b.wait_for_ping("10.9.0.1");
+    assert_eq!(pair.a.sh("wg show wg0 endpoints | cut -f2"), "192.0.2.77:6002");
+    pair.a.wait_for_ping("10.9.0.2");
+}
+
+#[test]
+fn replies_leave_from_the_address_that_was_spoken_to() {
+    let pair = Pair::over_ipv4();
+    pair.b.sh("ip addr add 192.0.2.99/24 dev eth0");
+    let (key_a, key_b) = (&pair.key_a, &pair.key_b);
+    pair.b.sh(&format!("wg set wg0 peer {key_a} remove"));
+    pair.b.sh(&format!("wg set wg0 peer {key_a} allowed-ips 10.9.0.1/32"));
+    pair.a.sh(&format!("wg set wg0 peer {key_b} endpoint 192.0.2.99:5002"));
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.b.wait_for_ping("10.9.0.1");
+    assert_eq!(pair.a.sh("wg show wg0 endpoints | cut -f2"), "192.0.2.99:5002");
+    // That address goes away: the next packet leaves from another.
+    pair.b.sh("ip addr del 192.0.2.99/24 dev eth0");
+    pair.b.wait_for_ping("10.9.0.1");
+    assert_eq!(pair.a.sh("wg show wg0 endpoints | cut -f2"), "192.0.2.2:5002");
+}
+
+#[test]
+fn a_link_that_goes_down_and_up_works_again() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.a.sh("ip link set wg0 down");
+    assert!(!pair.b.pings("10.9.0.1"));
+    pair.a.sh("ip link set wg0 up");
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.b.wait_for_ping("10.9.0.1");
+}
+
+#[test]
+fn a_device_moved_to_another_namespace_works_there() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    pair.a.sh("mkdir -p /run/netns && ip netns add inner && ip link set wg0 netns inner \
+         && ip -n inner addr add 10.9.0.1/24 dev wg0 && ip -n inner link set wg0 up");
+    wait_for("an answer inside", || {
+        pair.a.attempt("ip netns exec inner ping -n -c 1 -W 1 10.9.0.2").status.success()
+    });
+    pair.a.sh("ip -n inner link del wg0");
+    pair.a.wait_for_end_of("wg0");
+}
