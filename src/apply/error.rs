@@ -97,7 +97,7 @@ pub enum ApplyError {
     #[error("cannot run `nft`{}", nft_hint(source))]
     StartNft { source: io::Error },
     /// `nft` refused something.
-    #[error("`nft` failed to {operation}: {message}")]
+    #[error("`nft` failed to {operation}{}: {message}", denied_hint(message))]
     Nft { operation: &'static str, message: String },
     /// What `nft` printed is not what it documents.
     #[error("cannot understand what `nft` printed for table inet gambeson")]
@@ -149,9 +149,7 @@ impl ApplyError {
             {
                 Some(Exit::NoPermission)
             }
-            Self::Nft { message, .. } if message.contains("Operation not permitted") => {
-                Some(Exit::NoPermission)
-            }
+            Self::Nft { message, .. } if message.contains(DENIED) => Some(Exit::NoPermission),
             _ => None,
         }
     }
@@ -164,6 +162,15 @@ fn tunnel_exit(status: ExitStatus) -> Option<Exit> {
         .find(|exit| Some(*exit as i32) == status.code())
 }
 
+/// How `nft` reports a missing capability.
+const DENIED: &str = "Operation not permitted";
+const CAPABILITY: &str =
+    " (needs the capability CAP_NET_ADMIN: run as root, or add NET_ADMIN to the container)";
+
+fn denied_hint(message: &str) -> &'static str {
+    if message.contains(DENIED) { CAPABILITY } else { "" }
+}
+
 fn is_denied(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::EPERM)
 }
@@ -171,9 +178,7 @@ fn is_denied(error: &io::Error) -> bool {
 /// What an operator can do about an errno of the kernel.
 fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(nix::libc::EPERM) => {
-            " (needs the capability CAP_NET_ADMIN: run as root, or add NET_ADMIN to the container)"
-        }
+        Some(nix::libc::EPERM) => CAPABILITY,
         Some(nix::libc::EOPNOTSUPP) => " (not supported by this kernel)",
         _ => "",
     }

@@ -1,7 +1,12 @@
-use std::net::UdpSocket;
+use std::fs::File;
+use std::net::{IpAddr, UdpSocket};
+use std::time::Duration;
 
 use gambeson_mesh::desired::Ruleset;
 use gambeson_mesh::plan::Action;
+
+use nix::sched::{CloneFlags, setns};
+use nix::sys::socket::{setsockopt, sockopt::Mark};
 
 use crate::common::namespace::{execute, in_namespace, kernel, sh};
 use gambeson::apply::GuardDrops;
@@ -93,5 +98,103 @@ fn packets_that_would_leave_in_clear_are_counted_and_dropped() {
         assert_eq!(kernel.guard_drops().await.unwrap(), drops);
         execute(&mut kernel, [Action::SetRuleset(ruleset(false))]).await;
         assert_eq!(kernel.guard_drops().await.unwrap(), drops);
+    });
+}
+
+/// A namespace `far` at the other end of `near0`, with addresses of both families.
+fn make_far() {
+    sh("ip netns add far && ip link add near0 type veth peer name far0 netns far");
+    sh("ip addr add 192.0.2.1/24 dev near0; ip addr add 2001:db8::1/64 dev near0 nodad");
+    sh("ip link set near0 up");
+    sh("ip -n far addr add 192.0.2.2/24 dev far0; ip -n far link set far0 up");
+    sh("ip -n far addr add 2001:db8::2/64 dev far0 nodad");
+}
+
+/// Calls it with the thread in the namespace `far`.
+fn in_far<T: Send>(call: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            setns(File::open("/run/netns/far").unwrap(), CloneFlags::CLONE_NEWNET).unwrap();
+            call()
+        });
+        thread.join().unwrap()
+    })
+}
+
+/// Sends a datagram and gives the address that it came from, as the receiver saw it.
+fn seen_source(receiver: &UdpSocket, from: &str, mark: u32) -> Option<IpAddr> {
+    let sender = UdpSocket::bind((from, 0)).unwrap();
+    setsockopt(&sender, Mark, &mark).unwrap();
+    sender.send_to(b"hello", receiver.local_addr().unwrap()).unwrap();
+    receiver.recv_from(&mut [0; 9]).ok().map(|(_, address)| address.ip())
+}
+
+fn receiver(address: &str) -> UdpSocket {
+    let socket = UdpSocket::bind((address, 9999)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    socket
+}
+
+#[test]
+fn packets_that_arrive_in_clear_are_counted_and_dropped() {
+    in_namespace(async || {
+        make_far();
+        let mut kernel = kernel().await;
+        let own = ["192.0.2.1", "2001:db8::1"].map(receiver);
+        for address in ["10.244.9.9/32", "fd00:10:244:9::9/128"] {
+            sh(&format!("ip -n far addr add {address} dev far0 nodad"));
+        }
+        let clear = ["10.244.9.9", "fd00:10:244:9::9"];
+        // The control: without the guard they arrive.
+        sh("echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter");
+        sh("echo 0 > /proc/sys/net/ipv4/conf/near0/rp_filter");
+        for (socket, source) in own.iter().zip(clear) {
+            let seen = in_far(|| seen_source(socket, source, 0));
+            assert_eq!(seen, source.parse().ok());
+        }
+        execute(&mut kernel, [Action::SetRuleset(ruleset(false))]).await;
+        for (socket, source) in own.iter().zip(clear) {
+            socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+            assert_eq!(in_far(|| seen_source(socket, source, 0)), None);
+        }
+        let drops = kernel.guard_drops().await.unwrap();
+        assert_eq!((drops.in_packets, drops.out_packets), (2, 0));
+        assert_eq!(drops.in_bytes, (20 + 8 + 5) + (40 + 8 + 5));
+        // A trusted link may carry them.
+        let mut trusting = ruleset(false);
+        trusting.trusted_links.insert("near0".to_owned());
+        execute(&mut kernel, [Action::SetRuleset(trusting)]).await;
+        for (socket, source) in own.iter().zip(clear) {
+            assert_eq!(in_far(|| seen_source(socket, source, 0)), source.parse().ok());
+        }
+    });
+}
+
+#[test]
+fn pods_are_masqueraded_to_the_outside_only() {
+    in_namespace(async || {
+        make_far();
+        let mut kernel = kernel().await;
+        execute(&mut kernel, [Action::SetRuleset(ruleset(true))]).await;
+        let cases = [
+            ("192.0.2.2", "10.244.1.5/32", "192.0.2.1"),
+            ("2001:db8::2", "fd00:10:244:1::5/128", "2001:db8::1"),
+        ];
+        for (outside, pod, node) in cases {
+            sh(&format!("ip addr add {pod} dev lo nodad"));
+            let pod = pod.split('/').next().unwrap();
+            sh(&format!("ip -n far route add {pod} dev far0"));
+            let receiver = in_far(|| receiver(outside));
+            assert_eq!(seen_source(&receiver, pod, 0), node.parse().ok());
+            // kube-proxy's mark, and what the node itself sends, stay as they are.
+            assert_eq!(seen_source(&receiver, pod, 0x4000), pod.parse().ok());
+            assert_eq!(seen_source(&receiver, node, 0), node.parse().ok());
+        }
+        execute(&mut kernel, [Action::SetRuleset(ruleset(false))]).await;
+        for (outside, pod, _) in cases {
+            let pod = pod.split('/').next().unwrap();
+            let receiver = in_far(|| receiver(outside));
+            assert_eq!(seen_source(&receiver, pod, 0), pod.parse().ok());
+        }
     });
 }

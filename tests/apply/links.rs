@@ -1,8 +1,8 @@
-use gambeson_mesh::desired::{Implementation, Sysctl};
+use gambeson_mesh::desired::{Implementation, NextHop, Route, RouteKey, Sysctl};
 use gambeson_mesh::plan::Action;
 
 use crate::common::namespace::{attempt, device, execute, in_namespace, kernel, make_tun, sh};
-use gambeson::apply::ApplyError;
+use gambeson::apply::{ApplyError, Kernel};
 use gambeson::cli::Exit;
 
 #[test]
@@ -153,5 +153,45 @@ fn a_kernel_link_is_made_or_the_missing_module_named() {
             assert!(matches!(errors.as_slice(), [ApplyError::NoWireGuard { .. }]), "{errors:?}");
         }
         assert!(!sh("ip link").contains("gmbtmp"));
+    });
+}
+
+/// Set in the process that has lost the capability.
+const DENIED: &str = "GAMBESON_TEST_DENIED";
+
+#[test]
+fn a_missing_capability_is_named() {
+    const NAME: &str = "apply::links::a_missing_capability_is_named";
+    if std::env::var_os(DENIED).is_none() {
+        let this = std::env::current_exe().unwrap();
+        let output = std::process::Command::new("unshare")
+            .args(["--net", "setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin"])
+            .arg(this)
+            .args(["--exact", NAME, "--nocapture"])
+            .env(DENIED, "1")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{output:?}");
+        return;
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut kernel = Kernel::with_program(env!("CARGO_BIN_EXE_gambeson").into()).await.unwrap();
+        let device = device(0);
+        let add = |implementation| Action::AddLink { device, implementation, mtu: 1420 };
+        let destination = "10.244.0.0/16".parse().unwrap();
+        let route = Route { next_hop: NextHop::Unreachable, mtu: None, source: None };
+        for action in [
+            add(Implementation::Kernel),
+            add(Implementation::Userspace),
+            Action::PutRoute(RouteKey { destination, metric: 1 }, route),
+            Action::SetRuleset(super::firewall::ruleset(true)),
+        ] {
+            let errors = attempt(&mut kernel, [action]).await;
+            let [error] = errors.as_slice() else { panic!("{errors:?}") };
+            assert_eq!(error.exit(), Some(Exit::NoPermission), "{error}");
+            assert!(error.to_string().contains("CAP_NET_ADMIN"), "{error}");
+        }
     });
 }

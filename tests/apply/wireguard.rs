@@ -133,7 +133,7 @@ pub(crate) fn full_round(implementation: Implementation) {
             "wg set gambeson0 listen-port 1234",
             "wg set gambeson0 peer $(wg show gambeson0 peers | head -n1) remove",
             "wg set gambeson0 peer $(wg show gambeson0 peers | tail -n1) allowed-ips 10.9.0.0/16",
-            "wg genkey | wg set gambeson0 private-key /dev/stdin",
+            "wg genkey > /run/key && wg set gambeson0 private-key /run/key",
             "ip link delete gambeson0",
         ] {
             sh(damage);
