@@ -9,7 +9,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use gambeson_mesh::node::Endpoints;
 use netlink_packet_route::address::{AddressFlags, AddressScope};
-use netlink_packet_route::link::LinkMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use regex::Regex;
@@ -186,17 +185,9 @@ struct Interfaces(Vec<Interface>);
 
 impl Interfaces {
     async fn read(netlink: &mut Netlink) -> Result<Self, ApplyError> {
-        let failed = |source| ApplyError::ReadLink { name: "list".to_owned(), source };
-        let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-        let links: Vec<_> = netlink
-            .dump(request)
-            .await
-            .map_err(failed)?
+        let links: Vec<_> = link::all(netlink)
+            .await?
             .into_iter()
-            .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewLink(message) => Some(Link::parse(&message)),
-                _ => None,
-            })
             .filter(|link| !link.loopback && !link.ours)
             .collect();
         let all = link::addresses(netlink, 0).await.map_err(|source| {

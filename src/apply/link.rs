@@ -81,6 +81,20 @@ pub(crate) async fn find(netlink: &mut Netlink, name: &str) -> Result<Option<Lin
     }
 }
 
+/// All links.
+pub(crate) async fn all(netlink: &mut Netlink) -> Result<Vec<Link>, ApplyError> {
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let replies = netlink
+        .dump(request)
+        .await
+        .map_err(|source| ApplyError::ReadLink { name: "list".to_owned(), source })?;
+    let links = replies.into_iter().filter_map(|reply| match reply {
+        RouteNetlinkMessage::NewLink(message) => Some(Link::parse(&message)),
+        _ => None,
+    });
+    Ok(links.collect())
+}
+
 /// A link of ours, which must exist.
 pub(super) async fn ours(netlink: &mut Netlink, device: DeviceName) -> Result<Link, ApplyError> {
     match find(netlink, device.as_str()).await? {
@@ -96,6 +110,7 @@ pub(super) async fn add_kernel(
     device: DeviceName,
     mtu: u32,
 ) -> Result<(), ApplyError> {
+    delete_abandoned(netlink, device).await?;
     let name = temporary_name();
     let create = LinkWireguard::new(&name).mtu(mtu).build();
     let flags = NLM_F_CREATE | NLM_F_EXCL;
@@ -115,6 +130,17 @@ pub(super) async fn add_kernel(
             .map_err(|source| ApplyError::DeleteLink { device, source })?;
     }
     result
+}
+
+/// Removes links with our alias that an agent left behind between alias and name.
+async fn delete_abandoned(netlink: &mut Netlink, device: DeviceName) -> Result<(), ApplyError> {
+    let abandoned = |link: &Link| link.ours && link.name.starts_with(TEMPORARY_PREFIX);
+    for link in all(netlink).await?.into_iter().filter(abandoned) {
+        delete_index(netlink, link.index)
+            .await
+            .map_err(|source| ApplyError::DeleteLink { device, source })?;
+    }
+    Ok(())
 }
 
 async fn publish(netlink: &mut Netlink, index: u32, device: DeviceName) -> Result<(), ApplyError> {

@@ -100,43 +100,65 @@ impl Netlink {
         self.replies().await
     }
 
-    /// Reads until the acknowledgement, error or end of the dump with the current number.
-    /// What belongs to an earlier, abandoned request is dropped.
     async fn replies(&mut self) -> io::Result<Vec<RouteNetlinkMessage>> {
-        let mut found = Vec::new();
-        let mut interrupted = false;
+        let mut reply = Reply::to(self.sequence);
         loop {
             self.buffer.clear();
             self.socket.0.recv(&mut self.buffer).await?;
-            let mut rest = self.buffer.as_slice();
-            while let Some((message, tail)) = split_message(rest) {
-                rest = tail;
-                let reply = match NetlinkMessage::<RouteNetlinkMessage>::deserialize(message) {
-                    Ok(reply) => reply,
-                    Err(error) => {
-                        tracing::debug!(%error, "netlink message that cannot be parsed");
-                        continue;
-                    }
-                };
-                if reply.header.sequence_number != self.sequence {
+            if reply.feed(&self.buffer)? {
+                return Ok(reply.objects);
+            }
+        }
+    }
+}
+
+/// What the kernel answers to one request, as it comes in.
+struct Reply {
+    sequence: u32,
+    objects: Vec<RouteNetlinkMessage>,
+    interrupted: bool,
+}
+
+impl Reply {
+    fn to(sequence: u32) -> Self {
+        Self { sequence, objects: Vec::new(), interrupted: false }
+    }
+
+    /// Takes a datagram and says whether the answer is complete: at an acknowledgement or the
+    /// end of a dump. What belongs to an earlier, abandoned request is dropped.
+    fn feed(&mut self, mut datagram: &[u8]) -> io::Result<bool> {
+        while let Some((message, rest)) = split_message(datagram) {
+            datagram = rest;
+            let message = match NetlinkMessage::<RouteNetlinkMessage>::deserialize(message) {
+                Ok(message) => message,
+                Err(error) => {
+                    tracing::debug!(%error, "netlink message that cannot be parsed");
                     continue;
                 }
-                interrupted |= reply.header.flags & NLM_F_DUMP_INTR != 0;
-                match reply.payload {
-                    NetlinkPayload::InnerMessage(inner) => found.push(inner),
-                    NetlinkPayload::Error(error) if error.code.is_some() => {
-                        return Err(error.to_io());
-                    }
-                    NetlinkPayload::Done(done) if done.code < 0 => {
-                        return Err(io::Error::from_raw_os_error(done.code.saturating_neg()));
-                    }
-                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) if interrupted => {
-                        return Err(io::Error::from_raw_os_error(INTERRUPTED));
-                    }
-                    NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => return Ok(found),
-                    _ => {}
-                }
+            };
+            if message.header.sequence_number == self.sequence && self.take(message)? {
+                return Ok(true);
             }
+        }
+        Ok(false)
+    }
+
+    fn take(&mut self, message: NetlinkMessage<RouteNetlinkMessage>) -> io::Result<bool> {
+        self.interrupted |= message.header.flags & NLM_F_DUMP_INTR != 0;
+        match message.payload {
+            NetlinkPayload::InnerMessage(object) => {
+                self.objects.push(object);
+                Ok(false)
+            }
+            NetlinkPayload::Error(error) if error.code.is_some() => Err(error.to_io()),
+            NetlinkPayload::Done(done) if done.code < 0 => {
+                Err(io::Error::from_raw_os_error(done.code.saturating_neg()))
+            }
+            NetlinkPayload::Error(_) | NetlinkPayload::Done(_) if self.interrupted => {
+                Err(io::Error::from_raw_os_error(INTERRUPTED))
+            }
+            NetlinkPayload::Error(_) | NetlinkPayload::Done(_) => Ok(true),
+            _ => Ok(false),
         }
     }
 }
@@ -166,4 +188,102 @@ pub(super) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])>
 fn is_transient(error: &io::Error) -> bool {
     use nix::libc::{EAGAIN, EBUSY, ENOBUFS};
     matches!(error.raw_os_error(), Some(INTERRUPTED | EAGAIN | EBUSY | ENOBUFS))
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_core::{DoneMessage, ErrorMessage};
+    use netlink_packet_route::link::LinkMessage;
+
+    use super::*;
+
+    const SEQUENCE: u32 = 7;
+
+    fn bytes(
+        payload: NetlinkPayload<RouteNetlinkMessage>,
+        sequence: u32,
+        extra_flags: u16,
+    ) -> Vec<u8> {
+        let mut message = NetlinkMessage::new(Default::default(), payload);
+        message.header.sequence_number = sequence;
+        message.finalize();
+        message.header.flags |= extra_flags;
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        bytes
+    }
+
+    fn link(index: u32) -> NetlinkPayload<RouteNetlinkMessage> {
+        let mut link = LinkMessage::default();
+        link.header.index = index;
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link))
+    }
+
+    fn done(code: i32) -> NetlinkPayload<RouteNetlinkMessage> {
+        let mut done = DoneMessage::default();
+        done.code = code;
+        NetlinkPayload::Done(done)
+    }
+
+    fn error(code: i32) -> NetlinkPayload<RouteNetlinkMessage> {
+        let mut error = ErrorMessage::default();
+        error.code = std::num::NonZeroI32::new(code);
+        // The header of the request that is answered.
+        error.header = vec![0; 16];
+        NetlinkPayload::Error(error)
+    }
+
+    #[test]
+    fn a_dump_is_complete_at_its_end_only() {
+        let mut reply = Reply::to(SEQUENCE);
+        let first = [bytes(link(1), SEQUENCE, 0), bytes(link(2), SEQUENCE, 0)].concat();
+        assert!(!reply.feed(&first).unwrap());
+        assert!(!reply.feed(&bytes(link(3), SEQUENCE, 0)).unwrap());
+        assert!(reply.feed(&bytes(done(0), SEQUENCE, 0)).unwrap());
+        assert_eq!(reply.objects.len(), 3);
+    }
+
+    #[test]
+    fn a_dump_that_was_interrupted_is_not_taken() {
+        for place in 0..2 {
+            let mut reply = Reply::to(SEQUENCE);
+            let flags = |at| if at == place { NLM_F_DUMP_INTR } else { 0 };
+            assert!(!reply.feed(&bytes(link(1), SEQUENCE, flags(0))).unwrap());
+            let error = reply.feed(&bytes(done(0), SEQUENCE, flags(1))).unwrap_err();
+            assert!(is_transient(&error), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_errno_is_an_error_in_either_form() {
+        for payload in [error(-nix::libc::EPERM), done(-nix::libc::EPERM)] {
+            let error = Reply::to(SEQUENCE).feed(&bytes(payload, SEQUENCE, 0)).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(nix::libc::EPERM));
+        }
+        assert!(Reply::to(SEQUENCE).feed(&bytes(error(0), SEQUENCE, 0)).unwrap());
+    }
+
+    #[test]
+    fn answers_to_earlier_requests_and_garbage_are_dropped() {
+        let mut reply = Reply::to(SEQUENCE);
+        assert!(!reply.feed(&bytes(error(-1), SEQUENCE - 1, 0)).unwrap());
+        let mut cut = bytes(link(1), SEQUENCE, 0);
+        cut.truncate(cut.len() - 1);
+        for garbage in [vec![], vec![1, 2, 3], vec![0xff; 64], vec![0; 64], cut] {
+            assert!(!reply.feed(&garbage).unwrap());
+        }
+        assert!(reply.objects.is_empty());
+    }
+
+    #[test]
+    fn attributes_end_at_the_first_that_is_broken() {
+        let good = [8_u16.to_ne_bytes(), 1_u16.to_ne_bytes(), *b"ab", *b"c\0"].concat();
+        let nested = (5_u16.to_ne_bytes(), 0x8002_u16.to_ne_bytes());
+        let padded = [nested.0.as_slice(), nested.1.as_slice(), b"z\0\0\0"].concat();
+        let broken = [200_u16.to_ne_bytes(), 3_u16.to_ne_bytes()].concat();
+        let all = [good, padded, broken].concat();
+        let found: Vec<_> = attributes(&all).collect();
+        assert_eq!(found, [(1, b"abc\0".as_slice()), (2, b"z".as_slice())]);
+        assert_eq!(attributes(&[3, 0, 1, 0]).count(), 0);
+    }
 }

@@ -110,6 +110,10 @@ impl Node {
 pub(crate) fn full_round(implementation: Implementation) {
     in_namespace(async move || {
         let mut kernel = kernel().await;
+        if implementation == Implementation::Kernel {
+            // An agent that died while it made a device.
+            sh("ip link add gmbtmp01 type wireguard && ip link set gmbtmp01 alias gambeson");
+        }
         let peers = BTreeMap::from([peer(1, [1]), peer(2, [2, 20, 21]), peer(3, 30..MANY)]);
         let mut node = Node::new(implementation, peers);
         let observed = node.converge(&mut kernel).await;
