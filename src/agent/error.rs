@@ -4,9 +4,9 @@ use gambeson_keys::KeyStoreError;
 use gambeson_mesh::session::DeviceName;
 
 use crate::apply::ApplyError;
-use crate::cli::Exit;
 use crate::cluster::ConnectError;
 use crate::config::ConfigError;
+use crate::exit::Exit;
 use crate::http::HttpError;
 use crate::status::SocketError;
 

@@ -6,7 +6,7 @@ use gambeson_mesh::desired::RouteKey;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 
-use crate::cli::Exit;
+use crate::exit::Exit;
 
 /// Why the kernel could not be read or changed. Each names its object; the operator's
 /// remedy follows where errno tells what it is.

@@ -3,9 +3,10 @@ use std::io::IsTerminal;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-use super::{Exit, Failure};
+use super::Failure;
 use crate::agent::AgentError;
 use crate::config::Options;
+use crate::exit::Exit;
 
 /// The client libraries log what the agent itself says better.
 const LOG_DEFAULT: &str = "warn,gambeson=info,kube_client=off,kube_runtime=off";

@@ -10,7 +10,8 @@ use std::time::Duration;
 use clap::Subcommand;
 use nix::sys::signal::{SigSet, Signal};
 
-use super::{Exit, Failure};
+use super::Failure;
+use crate::exit::Exit;
 use crate::lab::traffic::{FlowReport, Rate, Traffic, report_table};
 use crate::lab::{
     Family, INTERRUPTED, Lab, LabError, LabName, Options, Progress, WireguardModes, paint,

@@ -2,7 +2,7 @@
 
 mod agent;
 mod cni;
-mod exit;
+mod failure;
 mod install_cni;
 mod lab;
 mod status;
@@ -12,7 +12,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-pub use exit::{Exit, Failure};
+pub use failure::Failure;
 
 /// A WireGuard-first encrypted mesh overlay for Kubernetes.
 #[derive(Debug, Parser)]

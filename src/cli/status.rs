@@ -3,8 +3,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::{Exit, Failure};
+use super::Failure;
 use crate::config::DEFAULT_SOCKET;
+use crate::exit::Exit;
 use crate::status::Status;
 
 /// Longer than the agent takes to answer from memory when the kernel does not.

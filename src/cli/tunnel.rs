@@ -9,7 +9,8 @@ use gambeson_tunnel::{DEFAULT_MTU, Options, Tunnel, TunnelError};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 use tracing_subscriber::EnvFilter;
 
-use super::{Exit, Failure};
+use super::Failure;
+use crate::exit::Exit;
 
 /// The file name by which the binary is this subcommand, for `wg-quick`.
 const PROGRAM: &str = "gambeson-tunnel";

@@ -3,7 +3,7 @@ use gambeson_mesh::plan::Action;
 
 use crate::common::namespace::{attempt, device, execute, in_namespace, kernel, make_tun, sh};
 use gambeson::apply::{ApplyError, Kernel};
-use gambeson::cli::Exit;
+use gambeson::exit::Exit;
 
 #[test]
 fn an_empty_namespace_has_nothing_of_ours() {

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use gambeson::apply::{ApplyError, Kernel};
-use gambeson::cli::Exit;
+use gambeson::exit::Exit;
 use gambeson_keys::{Generation, KeyRing, PrivateKey, PublicKey};
 use gambeson_mesh::desired::{
     Desired, Implementation, NextHop, Route, RouteKey, Sysctl, WireGuardDevice, WireGuardPeer,

@@ -1,0 +1,21 @@
+//! Exit codes: a contract with scripts and unit files, shared by the errors of every layer.
+
+/// Exit codes of `gambeson`. A usage error is 2, as clap reports it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Anything without a code of its own.
+    Failure = 1,
+    /// The key store was refused.
+    KeyStore = 3,
+    /// A UDP port is taken.
+    PortTaken = 4,
+    /// No TUN device can be made.
+    NoTun = 5,
+    /// A capability is missing.
+    NoPermission = 6,
+    /// A device with our name belongs to somebody else.
+    ForeignDevice = 7,
+    /// `lab verify` found a check that does not hold.
+    CheckFailed = 8,
+}
