@@ -255,6 +255,16 @@ fn a_killed_tunnel_comes_back_with_the_same_keys() {
     });
 }
 
+/// Lets a stopped process run on, so that it can end, when the test fails.
+struct Continued(Pid);
+
+impl Drop for Continued {
+    fn drop(&mut self) {
+        // It is gone when the test passes.
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
 #[test]
 fn a_tunnel_that_hangs_is_replaced() {
     in_namespace(async || {
@@ -263,6 +273,7 @@ fn a_tunnel_that_hangs_is_replaced() {
         let before = node.converge(&mut kernel).await;
         let pid = tunnel_pid();
         kill(pid, Signal::SIGSTOP).unwrap();
+        let _continued = Continued(pid);
         let after = node.converge(&mut kernel).await;
         assert_eq!(after.links, before.links);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(5);
