@@ -207,11 +207,14 @@ fn a_watch_ends_in_time_and_bookmarks_its_initial_state() {
 fn faults_answer_hang_and_empty_lists() {
     let lab = lab();
     let list = |lab: &Lab| run(async { nodes(lab).list(&ListParams::default()).await });
-    for status in [401, 403, 409, 429, 500] {
-        let effect = Effect::Status { code: status, retry_after: None };
-        set(&lab, &[Fault::every(effect).on("list")]);
-        assert_eq!(code(list(&lab).unwrap_err()), status);
+    let status = |code, retry_after| Fault::every(Effect::Status { code, retry_after }).on("list");
+    for wanted in [401, 403, 409, 500] {
+        set(&lab, &[status(wanted, None)]);
+        assert_eq!(code(list(&lab).unwrap_err()), wanted);
     }
+    // The kube crate tries again by itself.
+    set(&lab, &[status(429, Some(1)).times(1)]);
+    assert_eq!(list(&lab).unwrap().items.len(), 2);
     set(&lab, &[Fault::every(Effect::EmptyList).times(1)]);
     assert_eq!(list(&lab).unwrap().items.len(), 0);
     assert_eq!(list(&lab).unwrap().items.len(), 2);

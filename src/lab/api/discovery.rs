@@ -36,13 +36,19 @@ pub(super) fn answer(path: &str) -> Option<Response> {
         ["apis", name, "v1"] => resources(name)?,
         // No schema is known for any type: an empty document in protobuf is no bytes at all.
         ["openapi", "v2"] => {
-            let content_type = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+            let content_type = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
             return Some(([(header::CONTENT_TYPE, content_type)], Vec::new()).into_response());
         }
-        ["openapi", "v3"] => json!({
-            "paths": { "api/v1": { "serverRelativeURL": "/openapi/v3/api/v1?hash=1" } },
-        }),
-        ["openapi", "v3", "api", "v1"] => openapi(),
+        ["openapi", "v3"] => {
+            let path = |base: String| {
+                let url = format!("/openapi/v3/{base}?hash=1");
+                (base, json!({ "serverRelativeURL": url }))
+            };
+            let groups = groups().into_iter().map(|name| path(format!("apis/{name}/v1")));
+            json!({ "paths": groups.chain([path("api/v1".to_owned())]).collect::<Map<_, _>>() })
+        }
+        ["openapi", "v3", "api", "v1"] => openapi(""),
+        ["openapi", "v3", "apis", name, "v1"] if groups().contains(name) => openapi(name),
         _ => return None,
     };
     Some(Json(document).into_response())
@@ -108,15 +114,16 @@ fn entries(resource: &Resource) -> Vec<Value> {
 
 /// Just enough for kubectl to see that validation is the server's business: every type has a
 /// patch operation that takes `fieldValidation`.
-fn openapi() -> Value {
+fn openapi(group: &str) -> Value {
+    let base = if group.is_empty() { "/api/v1".to_owned() } else { format!("/apis/{group}/v1") };
     let mut paths = Map::new();
-    for resource in RESOURCES.iter().filter(|r| r.group.is_empty()) {
+    for resource in RESOURCES.iter().filter(|r| r.group == group) {
         let namespace = if resource.namespaced { "namespaces/{namespace}/" } else { "" };
-        let path = format!("/api/v1/{namespace}{}/{{name}}", resource.plural);
+        let path = format!("{base}/{namespace}{}/{{name}}", resource.plural);
         let operation = json!({
             "x-kubernetes-action": "patch",
             "x-kubernetes-group-version-kind":
-                { "group": "", "version": "v1", "kind": resource.kind },
+                { "group": group, "version": resource.version, "kind": resource.kind },
             "parameters": [
                 { "name": "fieldValidation", "in": "query", "schema": { "type": "string" } },
             ],
