@@ -74,6 +74,9 @@ enum LabCommand {
         command: Vec<String>,
     },
     /// Print a kubeconfig for the lab's API server
+    ///
+    /// The same is in /run/gambeson-lab/NAME/kubeconfig, for programs that read it more than
+    /// once.
     Kubeconfig,
     /// Start a node's agent again
     Restart {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use super::api::Store;
+use super::api::{Store, timestamp};
 use super::client::{Api, Patch};
 use super::daemon::{self, AGENT_LOG, JOURNAL, KUBECONFIG};
 use super::error::{LabError, LogTail, file_error};
-use super::layout::{NodeIndex, STATE_ROOT};
-use super::netns::Environment;
+use super::layout::{NodeIndex, STATE_ROOT, hub_netns, state_dir};
+use super::netns::{Environment, Netns};
 use super::network;
 use super::node::{Node, Pod};
 use super::options::{LabName, Options};
@@ -76,9 +76,7 @@ impl Lab {
         match State::load(name)? {
             Some(state) if state.finished => Ok(Self::with_state(state, false)),
             Some(_) => Err(LabError::Unfinished(name.clone())),
-            None if super::layout::state_dir(name).exists() => {
-                Err(LabError::Unfinished(name.clone()))
-            }
+            None if state_dir(name).exists() => Err(LabError::Unfinished(name.clone())),
             None => Err(LabError::Missing(name.clone())),
         }
     }
@@ -111,6 +109,16 @@ impl Lab {
     /// A kubeconfig for the host.
     pub fn kubeconfig(&self) -> String {
         kubeconfig(&self.options.name, &self.api_url())
+    }
+
+    /// The file with that kubeconfig, for programs that read it more than once.
+    pub fn kubeconfig_path(&self) -> PathBuf {
+        self.options.state_dir().join("kubeconfig")
+    }
+
+    /// Where programs in the hub, or on the router, run.
+    pub fn hub(&self) -> Environment {
+        Environment::pod(Netns::named(hub_netns(&self.options.name)))
     }
 
     /// A client of the API server.
@@ -188,6 +196,7 @@ impl Lab {
         store.seed(options.node_indices().map(|node| node_object(options, node)))?;
         drop(store);
         self.start_api()?;
+        write_atomically(&self.kubeconfig_path(), self.kubeconfig().as_bytes())?;
         if options.start {
             self.start(progress)?;
         }
@@ -261,7 +270,8 @@ impl Node<'_> {
         let configuration = self.wait_for_cni()?;
         let ready = json!({ "status": { "conditions": [
             { "type": "Ready", "status": "True", "reason": "KubeletReady",
-              "message": "the node has a CNI configuration" },
+              "message": "the node has a CNI configuration",
+              "lastHeartbeatTime": timestamp(), "lastTransitionTime": timestamp() },
         ] } });
         for pod in self.pods() {
             let netns = pod.environment().netns().clone();
@@ -361,9 +371,11 @@ fn node_object(options: &Options, node: NodeIndex) -> Value {
             "addresses": addresses,
             "conditions": [
                 { "type": "Ready", "status": "False", "reason": "KubeletNotReady",
-                  "message": "no CNI configuration yet" },
+                  "message": "no CNI configuration yet",
+                  "lastHeartbeatTime": timestamp(), "lastTransitionTime": timestamp() },
                 { "type": "NetworkUnavailable", "status": "True", "reason": "NoRouteCreated",
-                  "message": "nobody has set up the pod network yet" },
+                  "message": "nobody has set up the pod network yet",
+                  "lastHeartbeatTime": timestamp(), "lastTransitionTime": timestamp() },
             ],
             "nodeInfo": { "kubeletVersion": "v1.33.0", "osImage": "Gambeson lab" },
         },

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -15,7 +16,7 @@ use crate::status::Status;
 
 use super::daemon::{self, AGENT_LOG};
 use super::error::{LabError, LogTail, file_error};
-use super::instance::{Lab, end};
+use super::instance::{INTERRUPTED, Lab, end};
 use super::layout::{NodeIndex, PodIndex, hub_netns};
 use super::netns::{Environment, Netns};
 use super::network::{hub_port, ip};
@@ -182,13 +183,14 @@ impl<'a> Node<'a> {
         let deadline = Instant::now() + timeout;
         let missing = netns.run(|| {
             targets.iter().find(|(_, address)| {
-                let answered =
-                    Pinger::new(*address).and_then(|mut pinger| pinger.answers_before(deadline));
+                let answered = Pinger::new(*address)
+                    .and_then(|mut pinger| pinger.answers_before(deadline, &INTERRUPTED));
                 !answered.unwrap_or(false)
             })
         })?;
         match missing {
             None => Ok(()),
+            Some(_) if INTERRUPTED.load(Ordering::Relaxed) => Err(LabError::Interrupted),
             Some((to, address)) => Err(LabError::NoPath {
                 from,
                 to: format!("{to} ({address})"),

@@ -12,6 +12,9 @@ pub(super) const MAX_NODES: u8 = 100;
 /// Most pods that a node of a lab can have.
 pub(super) const MAX_PODS_PER_NODE: u8 = 100;
 
+/// Folders in whose place every node has its own.
+const HIDDEN: [&str; 3] = ["/run", "/var/run", "/var/lib"];
+
 /// What a lab should look like.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
@@ -69,6 +72,9 @@ impl Options {
         if !(1360..=65_535).contains(&self.underlay_mtu) {
             return Err(OptionsError::UnderlayMtu(self.underlay_mtu));
         }
+        if HIDDEN.iter().any(|folder| self.binary.starts_with(folder)) {
+            return Err(OptionsError::Hidden(self.binary.clone()));
+        }
         let nodes: Vec<String> = (1..=self.nodes).map(|i| format!("node-{i}")).collect();
         match self.wireguard.by_node.keys().find(|name| !nodes.contains(name)) {
             Some(unknown) => {
@@ -91,6 +97,9 @@ pub enum OptionsError {
     /// The MTU.
     #[error("the underlay MTU is 1360 to 65535 bytes, not {0}")]
     UnderlayMtu(u32),
+    /// Where the program is.
+    #[error("the lab's nodes have /run and /var/lib of their own and cannot see {}", .0.display())]
+    Hidden(PathBuf),
     /// A node named for a WireGuard mode.
     #[error("--wireguard names {name}, but the lab has only node-1 to node-{nodes}")]
     UnknownNode {
@@ -304,6 +313,7 @@ mod tests {
             Options { nodes: 101, ..possible.clone() },
             Options { pods_per_node: 101, ..possible.clone() },
             Options { underlay_mtu: 1200, ..possible.clone() },
+            Options { binary: PathBuf::from("/run/gambeson"), ..possible.clone() },
         ] {
             assert!(impossible.validate().is_err());
         }

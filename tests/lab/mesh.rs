@@ -121,6 +121,31 @@ fn verify_finds_clear_text_and_broken_paths() {
 }
 
 #[test]
+fn killing_every_agent_loses_no_packet() {
+    let lab = lab_up(userspace());
+    let pairs = (lab.pod("pod-1-1").unwrap(), lab.pod("pod-2-1").unwrap());
+    let traffic = Traffic::start(&[pairs], Rate::default()).unwrap();
+    let flow_on = |packets: u64| {
+        let goal = traffic.so_far().1 + packets;
+        let arrived = || (traffic.so_far().1 >= goal).then_some(());
+        until(Instant::now() + Duration::from_secs(30), arrived).expect("the traffic stands still");
+    };
+    flow_on(500);
+    lab.nodes().iter().for_each(|node| node.kill_agent().unwrap());
+    flow_on(2000);
+    lab.nodes().iter().for_each(|node| node.start_agent().unwrap());
+    for node in lab.nodes() {
+        let adopted = until(Instant::now() + Duration::from_secs(20), || {
+            node.status().is_ok_and(|status| status.ready && status.peers.len() == 1).then_some(())
+        });
+        assert!(adopted.is_some(), "{}", node.agent_log().unwrap());
+    }
+    flow_on(2000);
+    let reports = traffic.finish(Duration::from_secs(5));
+    assert!(reports.iter().all(FlowReport::is_perfect), "{reports:?}");
+}
+
+#[test]
 fn a_killed_agent_is_started_again_by_restart() {
     let lab = lab_up(userspace());
     let name = lab.options().name.clone();

@@ -21,5 +21,6 @@ mod watch;
 
 pub use error::ApiError;
 pub use fault::{Effect, Fault};
+pub(super) use object::timestamp;
 pub use server::{ServeError, Server};
 pub use store::{Store, StoreError};

@@ -3,6 +3,7 @@
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -101,14 +102,14 @@ impl Pinger {
         }
     }
 
-    /// Tries until the deadline. Gives whether there was an answer.
-    pub fn answers_before(&mut self, deadline: Instant) -> io::Result<bool> {
+    /// Tries until the deadline, or until it is told to stop. Gives whether there was an answer.
+    pub fn answers_before(&mut self, deadline: Instant, stop: &AtomicBool) -> io::Result<bool> {
         loop {
             let tried = Instant::now();
             if matches!(self.echo()?, Echo::Answered(_)) {
                 return Ok(true);
             }
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline || stop.load(Ordering::Relaxed) {
                 return Ok(false);
             }
             // An error that comes back at once must not keep a core busy.

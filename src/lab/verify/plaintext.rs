@@ -9,8 +9,7 @@ use ipnet::IpNet;
 use super::{IpFamily, PlaintextResult};
 use crate::lab::error::LabError;
 use crate::lab::instance::Lab;
-use crate::lab::layout::{UNDERLAY_INTERFACE, hub_netns};
-use crate::lab::netns::Netns;
+use crate::lab::layout::UNDERLAY_INTERFACE;
 use crate::lab::node::{Node, Pod};
 use crate::lab::probe::capture::{Capture, CapturePoint};
 use crate::lab::probe::ping::{Echo, Pinger};
@@ -66,7 +65,7 @@ impl Lab {
     /// Looks for byte strings on every underlay interface: each node's, and all of the hub's
     /// or router's.
     pub fn capture_underlay(&self, needles: &[Vec<u8>]) -> Result<Capture, LabError> {
-        let hub = Netns::named(hub_netns(&self.options().name));
+        let hub = self.hub().netns().clone();
         let mut points = vec![CapturePoint { netns: hub, interface: None }];
         points.extend(self.nodes().iter().map(|node| CapturePoint {
             netns: node.netns(),
