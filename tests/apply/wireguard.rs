@@ -39,7 +39,7 @@ fn peer(number: u8, prefixes: impl IntoIterator<Item = u8>) -> (PublicKey, WireG
     let peer = WireGuardPeer {
         endpoint,
         allowed_ips,
-        persistent_keepalive: (number % 2 == 0).then_some(25),
+        persistent_keepalive: number.is_multiple_of(2).then_some(25),
     };
     (PrivateKey::generate().public(), peer)
 }
