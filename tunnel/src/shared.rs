@@ -74,6 +74,8 @@ impl Shared {
 
     /// Follows the TUN device: its MTU, and whether it is up.
     pub(crate) fn follow_link(&self) {
+        // Held all the while, so that what was seen first is not applied last.
+        let settings = self.settings.lock();
         let up = match self.tun.link().state() {
             Ok(state) => {
                 self.device.set_mtu(state.mtu);
@@ -86,11 +88,8 @@ impl Shared {
         if up == self.device.is_up() {
             return;
         }
-        if up {
-            let settings = self.settings.lock();
-            if let Err(error) = self.listen(&settings) {
-                tracing::warn!(%error, port = settings.listen_port, "cannot listen");
-            }
+        if up && let Err(error) = self.listen(&settings) {
+            tracing::warn!(%error, port = settings.listen_port, "cannot listen");
         }
         tracing::info!(up, "TUN device");
         let mut outbox = Outbox::new();
@@ -126,7 +125,7 @@ impl Shared {
                 return Ok(None);
             }
             Some(port) => port,
-            None if current.is_none() && update.private_key.is_some() => settings.listen_port,
+            None if current.is_none() && update.sets_private_key() => settings.listen_port,
             None => return Ok(None),
         };
         let fwmark = update.fwmark.unwrap_or(settings.fwmark);

@@ -82,6 +82,13 @@ pub struct PeerStatus {
     pub allowed_ips: Vec<IpNet>,
 }
 
+impl DeviceUpdate {
+    /// Whether the device has a private key after this, and it may be a new one.
+    pub(crate) fn sets_private_key(&self) -> bool {
+        self.private_key.as_ref().is_some_and(|key| **key != [0; 32])
+    }
+}
+
 impl PeerUpdate {
     /// No change to the peer with this key, other than that it exists.
     pub fn new(public_key: [u8; 32]) -> Self {
