@@ -55,8 +55,8 @@ impl Node {
     fn new(implementation: Implementation, peers: BTreeMap<PublicKey, WireGuardPeer>) -> Self {
         let keys = KeyRing::new(Generation::FIRST, PrivateKey::generate());
         let device = device(0);
-        let mut desired = Desired::default();
-        desired.sysctls = [(Sysctl::RpFilter(device), "2".to_owned())].into();
+        let sysctls = [(Sysctl::RpFilter(device), "2".to_owned())].into();
+        let mut desired = Desired { sysctls, ..Desired::default() };
         let session = WireGuardDevice {
             implementation,
             generation: Generation::FIRST,
