@@ -1,11 +1,13 @@
 //! Exit codes: a contract with scripts and unit files, shared by the errors of every layer.
 
-/// Exit codes of `gambeson`. A usage error is 2, as clap reports it.
+/// Exit codes of `gambeson`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
     /// Anything without a code of its own.
     Failure = 1,
+    /// Wrong usage: the same code as for what the argument parser itself refuses.
+    Usage = 2,
     /// The key store was refused.
     KeyStore = 3,
     /// A UDP port is taken.

@@ -2,11 +2,16 @@
 // Clippy allows these in test functions; here the helpers around them are tests as well.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod api;
 mod apply;
 mod cni;
 mod common;
+mod hostile;
 mod kernel;
+mod kubectl;
 mod lab;
+mod start;
+mod status;
 mod tunnel;
 mod underlay;
 mod vm;

@@ -90,14 +90,14 @@ impl AgentError {
     /// The exit code that tells what kind of help is needed.
     pub fn exit(&self) -> Exit {
         match self {
+            Self::Config(_) => Exit::Usage,
             Self::Keys(_) => Exit::KeyStore,
             Self::Kernel(error) => error.exit().unwrap_or(Exit::Failure),
             Self::NoNetAdmin => Exit::NoPermission,
             Self::NoTun(_) => Exit::NoTun,
             Self::PortTaken { .. } => Exit::PortTaken,
             Self::ForeignDevice(_) => Exit::ForeignDevice,
-            Self::Config(_)
-            | Self::Connect(_)
+            Self::Connect(_)
             | Self::Socket(_)
             | Self::Http(_)
             | Self::ReadCapabilities(_)

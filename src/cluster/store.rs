@@ -10,6 +10,9 @@ use tokio::sync::watch;
 
 use super::object::{Condition, NodeObject};
 
+/// Deleted Nodes whose last version is remembered, in case an older event comes late.
+const DELETED_MAX: usize = 1024;
+
 /// The Nodes of the cluster, shared between the task that watches them and those that read.
 #[derive(Debug, Clone)]
 pub struct NodeStore {
@@ -170,6 +173,10 @@ impl Nodes {
             return false;
         }
         self.seen.insert(node.name().to_owned(), version);
+        if self.seen.len() > self.records.len() + DELETED_MAX {
+            let Self { seen, records, .. } = self;
+            seen.retain(|name, _| records.contains_key(name));
+        }
         true
     }
 }
@@ -252,6 +259,17 @@ mod tests {
         for name in ["a", "b"] {
             assert_eq!(store.nodes().records()[name].annotations["port"], "new");
         }
+    }
+
+    #[test]
+    fn what_is_remembered_of_deleted_nodes_is_bounded() {
+        let store = store();
+        for n in 0..3 * DELETED_MAX as u64 {
+            store.apply(&node(&format!("n{n}"), 2 * n + 20, ""));
+            store.delete(&node(&format!("n{n}"), 2 * n + 21, ""));
+        }
+        assert!(store.nodes().seen.len() <= DELETED_MAX + 3);
+        assert_eq!(names(&store), ["a", "b"]);
     }
 
     #[test]

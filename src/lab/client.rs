@@ -9,7 +9,7 @@ use kube::{Client, Config};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use super::api::Fault;
+use super::api::{Fault, LoggedRequest};
 use super::error::LabError;
 
 /// How long a request may take. The server is on this machine.
@@ -109,6 +109,14 @@ impl Api {
             .map_err(|error| api_error("PUT /lab/faults", kube::Error::SerdeError(error)))?;
         let content_type = Some("application/json");
         self.text(&Method::PUT, "/lab/faults", content_type, Some(&body)).map(|_| ())
+    }
+
+    /// The newest requests that the server has got, oldest first.
+    pub fn requests(&self) -> Result<Vec<LoggedRequest>, LabError> {
+        const PATH: &str = "/lab/requests";
+        let requests = self.request(&Method::GET, PATH, None, None)?;
+        serde_json::from_value(requests)
+            .map_err(|error| api_error(PATH, kube::Error::SerdeError(error)))
     }
 
     /// Any request to any path, answered in JSON.

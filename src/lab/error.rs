@@ -143,11 +143,13 @@ pub enum LabError {
         #[source]
         source: Box<kube::Error>,
     },
-    /// Neither a node nor a pod of the lab.
-    #[error("lab {lab} has no node or pod \"{name}\"; it has {known}")]
+    /// Not a node, or not a pod, of the lab.
+    #[error("lab {lab} has no {kind} \"{name}\"; it has {known}")]
     Unknown {
         /// The lab.
         lab: LabName,
+        /// What was looked for.
+        kind: &'static str,
         /// The name asked for.
         name: String,
         /// The names it has.

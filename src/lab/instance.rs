@@ -151,7 +151,7 @@ impl Lab {
     /// The node of this name.
     pub fn node(&self, name: &str) -> Result<Node<'_>, LabError> {
         let node = self.nodes().into_iter().find(|node| node.name() == name);
-        node.ok_or_else(|| self.unknown(name))
+        node.ok_or_else(|| self.unknown("node", name, &self.node_names()))
     }
 
     /// All pods, by node.
@@ -162,15 +162,18 @@ impl Lab {
     /// The pod of this name.
     pub fn pod(&self, name: &str) -> Result<Pod<'_>, LabError> {
         let pod = self.pods().into_iter().find(|pod| pod.name() == name);
-        pod.ok_or_else(|| self.unknown(name))
+        pod.ok_or_else(|| self.unknown("pod", name, &self.pod_names()))
     }
 
     /// Where programs on the node or in the pod of this name run.
     pub fn environment(&self, name: &str) -> Result<Environment, LabError> {
-        match self.node(name) {
-            Ok(node) => Ok(node.environment()),
-            Err(_) => self.pod(name).map(|pod| pod.environment()),
+        if let Ok(node) = self.node(name) {
+            return Ok(node.environment());
         }
+        self.pod(name).map(|pod| pod.environment()).map_err(|_| {
+            let known = [self.node_names(), self.pod_names()].concat();
+            self.unknown("node or pod", name, &known)
+        })
     }
 
     fn with_state(state: State, down_on_drop: bool) -> Self {
@@ -244,11 +247,18 @@ impl Lab {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn unknown(&self, name: &str) -> LabError {
-        let nodes = self.nodes().into_iter().map(|node| node.name());
-        let known: Vec<_> = nodes.chain(self.pods().iter().map(Pod::name)).collect();
+    fn node_names(&self) -> Vec<String> {
+        self.nodes().iter().map(Node::name).collect()
+    }
+
+    fn pod_names(&self) -> Vec<String> {
+        self.pods().iter().map(Pod::name).collect()
+    }
+
+    fn unknown(&self, kind: &'static str, name: &str, known: &[String]) -> LabError {
         LabError::Unknown {
             lab: self.options.name.clone(),
+            kind,
             name: name.to_owned(),
             known: known.join(", "),
         }

@@ -1,4 +1,5 @@
 //! What several tests need.
 
+pub(crate) mod agent;
 pub(crate) mod lab;
 pub(crate) mod namespace;

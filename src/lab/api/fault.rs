@@ -42,6 +42,11 @@ pub enum Effect {
     Hang,
     /// A list has no items.
     EmptyList,
+    /// A list lacks the object of this name.
+    Omit {
+        /// `metadata.name`.
+        name: String,
+    },
     /// A watch, new or running, gets an ERROR event with code 410 and ends.
     Gone,
     /// A watch, new or running, ends without a word.

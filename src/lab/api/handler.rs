@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::discovery;
 use super::error::ApiError;
 use super::fault::{Effect, Fault, Faults, Request};
+use super::log::{LoggedRequest, RequestLog};
 use super::object::metadata;
 use super::patch::PatchType;
 use super::resource::Resource;
@@ -31,6 +32,7 @@ use super::watch;
 pub(super) struct Shared {
     pub(super) store: Arc<Store>,
     pub(super) faults: Arc<Faults>,
+    pub(super) requests: Arc<RequestLog>,
 }
 
 type Parameters = HashMap<String, String>;
@@ -46,6 +48,11 @@ pub(super) async fn put_faults(
 ) -> StatusCode {
     shared.faults.set(faults);
     StatusCode::NO_CONTENT
+}
+
+/// `GET /lab/requests`: the newest requests about resources.
+pub(super) async fn get_requests(State(shared): State<Shared>) -> Json<Vec<LoggedRequest>> {
+    Json(shared.requests.list())
 }
 
 /// Every other path.
@@ -66,6 +73,7 @@ pub(super) async fn handle(
         Ok(call) => call,
         Err(error) => return error.into_response(),
     };
+    call.shared.requests.add(&call.request, call.target.name.as_deref(), &body);
     call.answer(&body).await.unwrap_or_else(IntoResponse::into_response)
 }
 
@@ -168,12 +176,18 @@ impl Call {
         let Target { resource, namespace, .. } = &self.target;
         let selector = self.selector()?;
         let listing = self.shared.store.list(resource, namespace);
-        let empty = self.shared.faults.take(&self.request, |e| *e == Effect::EmptyList).is_some();
+        let fault = self.shared.faults.take(&self.request, |effect| {
+            matches!(effect, Effect::EmptyList | Effect::Omit { .. })
+        });
+        let hidden = |object: &Value| match &fault {
+            Some(Effect::Omit { name }) => metadata(object, "name") == name,
+            fault => fault.is_some(),
+        };
         let objects: Vec<&Value> = listing
             .objects
             .iter()
             .map(AsRef::as_ref)
-            .filter(|object| !empty && selector.matches(object))
+            .filter(|object| !hidden(object) && selector.matches(object))
             .collect();
         Ok(Json(self.format().list(resource, listing.revision, &objects)).into_response())
     }
@@ -198,7 +212,7 @@ impl Call {
             format: self.format(),
             request: self.request,
         };
-        let Shared { store, faults } = self.shared;
+        let Shared { store, faults, .. } = self.shared;
         let content_type = [(header::CONTENT_TYPE, "application/json")];
         match watch::start(&store, faults, parameters) {
             Ok(body) => Ok((content_type, body).into_response()),

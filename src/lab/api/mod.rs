@@ -9,6 +9,7 @@ mod discovery;
 mod error;
 mod fault;
 mod handler;
+mod log;
 mod object;
 mod patch;
 mod resource;
@@ -21,6 +22,7 @@ mod watch;
 
 pub use error::ApiError;
 pub use fault::{Effect, Fault};
+pub use log::LoggedRequest;
 pub(super) use object::timestamp;
 pub use server::{ServeError, Server};
 pub use store::{Store, StoreError};

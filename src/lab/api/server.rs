@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 
 use super::fault::Faults;
 use super::handler::{self, Shared};
+use super::log::RequestLog;
 use super::store::Store;
 
 /// kube-apiserver's limit on a request body, in bytes.
@@ -36,7 +37,8 @@ pub struct Server {
 impl Server {
     /// A server of this store, without faults.
     pub fn new(store: Store) -> Self {
-        Self { shared: Shared { store: Arc::new(store), faults: Arc::new(Faults::new()) } }
+        let (store, faults) = (Arc::new(store), Arc::new(Faults::new()));
+        Self { shared: Shared { store, faults, requests: Arc::new(RequestLog::default()) } }
     }
 
     /// Serves on all of these sockets, which may be in different network namespaces, until
@@ -44,6 +46,7 @@ impl Server {
     pub async fn serve(self, listeners: Vec<TcpListener>) -> Result<(), ServeError> {
         let app = Router::new()
             .route("/lab/faults", get(handler::get_faults).put(handler::put_faults))
+            .route("/lab/requests", get(handler::get_requests))
             .fallback(handler::handle)
             .layer(DefaultBodyLimit::max(BODY_LIMIT))
             .with_state(self.shared);
