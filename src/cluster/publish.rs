@@ -21,9 +21,10 @@ use super::watch::Health;
 /// Waits after a failure.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
-/// A patch that was accepted is not sent again before this, however the Node looks: the
-/// watch may be behind, or somebody takes the values back at once.
-const SAME_AGAIN: Duration = Duration::from_secs(10);
+/// Waits before a patch that was accepted is sent again: the watch may be behind, or somebody
+/// takes the values back each time, and then nobody gains by a fight.
+const FIRST_REPEAT: Duration = Duration::from_secs(1);
+const LONGEST_REPEAT: Duration = Duration::from_secs(60);
 /// Reason in the condition `NetworkUnavailable`.
 const UP_REASON: &str = "GambesonIsUp";
 /// Whom the API server names as the writer.
@@ -125,39 +126,30 @@ impl Publisher {
     /// Publishes until nothing can be wanted any more.
     pub async fn run(mut self) {
         let mut changes = self.store.changes();
-        let mut backoff = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
-        let mut last: Option<(Difference, Instant)> = None;
+        let mut failures = Backoff::new(FIRST_WAIT, LONGEST_WAIT);
+        let mut sent = Sent::default();
         loop {
             changes.mark_unchanged();
             let difference = self.difference();
-            let again = last.as_ref().map(|(_, sent)| *sent + SAME_AGAIN);
-            let repeated = last.as_ref().map(|(sent, _)| sent) == difference.as_ref();
-            match difference {
-                Some(difference)
-                    if !repeated || again.is_some_and(|again| again <= Instant::now()) =>
-                {
-                    match self.send(&difference).await {
-                        Ok(()) => {
-                            backoff.reset();
-                            self.recovered(&difference);
-                            last = Some((difference, Instant::now()));
-                        }
-                        Err(error) => {
-                            self.report(&error);
-                            sleep(backoff.wait()).await;
-                        }
+            let now = Instant::now();
+            let due = difference.as_ref().map(|difference| sent.due(difference, now));
+            match (difference, due) {
+                (Some(difference), Some(due)) if due <= now => match self.send(&difference).await {
+                    Ok(()) => {
+                        failures.reset();
+                        self.recovered(&difference);
+                        sent.record(difference, Instant::now());
                     }
-                    continue;
-                }
-                pending => {
-                    // Said already and not seen yet: look again later even if nothing happens.
-                    let later = pending.and(again).unwrap_or_else(|| Instant::now() + SAME_AGAIN);
-                    tokio::select! {
-                        _ = changes.changed() => {}
-                        wanted = self.wanted.changed() => if wanted.is_err() { return },
-                        () = sleep_until(later) => {}
+                    Err(error) => {
+                        self.report(&error);
+                        sleep(failures.wait()).await;
                     }
-                }
+                },
+                (_, due) => tokio::select! {
+                    _ = changes.changed() => {}
+                    wanted = self.wanted.changed() => if wanted.is_err() { return },
+                    () = sleep_until(due.unwrap_or(now + LONGEST_REPEAT)) => {}
+                },
             }
         }
     }
@@ -202,6 +194,39 @@ impl Publisher {
         if difference.network_up {
             info!(node = self.node, "published that the network is up");
         }
+    }
+}
+
+/// What was written last, and when the same may be written again.
+#[derive(Debug)]
+struct Sent {
+    last: Option<(Difference, Instant)>,
+    repeats: Backoff,
+    not_before: Option<Instant>,
+}
+
+impl Default for Sent {
+    fn default() -> Self {
+        let repeats = Backoff::new(FIRST_REPEAT, LONGEST_REPEAT);
+        Self { last: None, repeats, not_before: None }
+    }
+}
+
+impl Sent {
+    fn due(&self, difference: &Difference, now: Instant) -> Instant {
+        match (&self.last, self.not_before) {
+            (Some((last, _)), Some(not_before)) if last == difference => not_before,
+            _ => now,
+        }
+    }
+
+    fn record(&mut self, difference: Difference, now: Instant) {
+        let calm = |at: &Instant| now.duration_since(*at) > 2 * LONGEST_REPEAT;
+        if self.last.as_ref().is_none_or(|(last, at)| *last != difference || calm(at)) {
+            self.repeats.reset();
+        }
+        self.not_before = Some(now + self.repeats.wait());
+        self.last = Some((difference, now));
     }
 }
 
@@ -253,6 +278,27 @@ mod tests {
                 "gambeson.io/next-public-key": null,
             }}})
         );
+    }
+
+    #[test]
+    fn a_fight_over_a_value_calms_down() {
+        let difference = publication().difference("gambeson.io", &record(&[]), None).unwrap();
+        let other = Publication { network_up: false, ..publication() };
+        let other = other.difference("gambeson.io", &record(&[]), None).unwrap();
+        let mut sent = Sent::default();
+        let mut now = Instant::now();
+        assert_eq!(sent.due(&difference, now), now, "the first at once");
+        for most in [1, 2, 4, 8, 16, 32, 60, 60] {
+            sent.record(difference.clone(), now);
+            assert_eq!(sent.due(&other, now), now, "something else at once");
+            let due = sent.due(&difference, now);
+            let most = Duration::from_secs(most);
+            assert!(now + most / 2 <= due && due <= now + most);
+            now = due;
+        }
+        now += 3 * LONGEST_REPEAT;
+        sent.record(difference.clone(), now);
+        assert!(sent.due(&difference, now) <= now + FIRST_REPEAT, "a calm time later");
     }
 
     #[test]
