@@ -148,11 +148,96 @@ impl Outbox {
     pub fn datagrams(&self) -> impl Iterator<Item = (&[u8], &Destination)> {
         self.datagrams.iter().map(|(range, to)| (&self.bytes[range.clone()], to))
     }
+
+    /// The datagrams in runs that the kernel can send as one: to one destination, of one
+    /// length but for a last shorter one, at most `limit` of them.
+    pub(crate) fn runs(&self, limit: usize) -> impl Iterator<Item = Run<'_>> {
+        let mut rest = self.datagrams.as_slice();
+        std::iter::from_fn(move || {
+            let len = run_length(rest, limit);
+            let (run, after) = rest.split_at_checked(len)?;
+            rest = after;
+            let ((first, to), (last, _)) = (run.first()?, run.last()?);
+            Some(Run { bytes: &self.bytes[first.start..last.end], segment: first.len(), to })
+        })
+    }
+}
+
+/// Datagrams to one destination, back to back.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Run<'a> {
+    pub(crate) bytes: &'a [u8],
+    /// The length of each but the last, bytes.
+    pub(crate) segment: usize,
+    pub(crate) to: &'a Destination,
+}
+
+impl<'a> Run<'a> {
+    pub(crate) fn is_one(&self) -> bool {
+        self.bytes.len() <= self.segment
+    }
+
+    pub(crate) fn datagrams(&self) -> impl Iterator<Item = &'a [u8]> {
+        self.bytes.chunks(self.segment.max(1))
+    }
+}
+
+/// What one UDP send takes at most, bytes.
+const MAX_RUN: usize = 65_507;
+
+fn run_length(datagrams: &[(Range<usize>, Destination)], limit: usize) -> usize {
+    let Some((first, to)) = datagrams.first() else { return 0 };
+    let mut count = 1;
+    let mut bytes = first.len();
+    for (range, destination) in &datagrams[1..] {
+        let fits = bytes + range.len() <= MAX_RUN && count < limit;
+        if !fits || destination != to || range.len() > first.len() {
+            break;
+        }
+        count += 1;
+        bytes += range.len();
+        if range.len() < first.len() {
+            break;
+        }
+    }
+    count
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn runs_are_of_one_length_and_one_destination() {
+        let to = |port| Endpoint::new(([192, 0, 2, 1], port).into());
+        let mut outbox = Outbox::new();
+        let sizes = [(100, 1), (100, 1), (60, 1), (100, 1), (100, 2), (200, 2), (200, 2)];
+        for (n, (len, port)) in (1..).zip(sizes) {
+            outbox.space(len)[..len].fill(n);
+            outbox.commit(len, to(port), None);
+        }
+        let runs = |limit| {
+            outbox.runs(limit).map(|run| run.datagrams().map(<[u8]>::len).collect()).collect()
+        };
+        let whole: Vec<Vec<usize>> = runs(64);
+        assert_eq!(whole, [vec![100, 100, 60], vec![100], vec![100], vec![200, 200]]);
+        let pairs: Vec<Vec<usize>> = runs(2);
+        assert_eq!(pairs[..2], [vec![100, 100], vec![60]]);
+        assert_eq!(outbox.runs(1).count(), sizes.len());
+        let bytes: Vec<u8> = outbox.runs(64).flat_map(|run| run.bytes.to_vec()).collect();
+        assert_eq!(bytes, outbox.datagrams().flat_map(|(b, _)| b.to_vec()).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_run_fits_one_send() {
+        let mut outbox = Outbox::new();
+        for _ in 0..100 {
+            outbox.space(9000);
+            outbox.commit(9000, Endpoint::new(([192, 0, 2, 1], 1).into()), None);
+        }
+        assert!(outbox.runs(64).all(|run| run.bytes.len() <= 65_507));
+        assert_eq!(outbox.runs(64).next().map(|run| run.datagrams().count()), Some(7));
+    }
 
     #[test]
     fn padding_is_zero_and_stops_at_the_mtu() {
