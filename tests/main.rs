@@ -2,8 +2,8 @@
 // Clippy allows these in test functions; here the helpers around them are tests as well.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-mod api;
 mod agent;
+mod api;
 mod apply;
 mod cni;
 mod common;
@@ -11,8 +11,12 @@ mod hostile;
 mod kernel;
 mod kubectl;
 mod lab;
+mod leak;
+mod mesh;
+mod repair;
 mod start;
 mod status;
+mod survive;
 mod tunnel;
 mod underlay;
 mod vm;

@@ -176,7 +176,9 @@ impl<'a> Node<'a> {
             .flat_map(|node| match node.pods().first() {
                 Some(pod) => pod.addresses().into_iter().map(|ip| (pod.name(), ip)).collect(),
                 None => {
-                    node.pod_gateways().into_iter().map(|ip| (node.name(), ip)).collect::<Vec<_>>()
+                    // Without a pod there is no bridge: the device has the base addresses.
+                    let cidrs = self.lab.options.pod_cidrs(node.index);
+                    cidrs.iter().map(|cidr| (node.name(), cidr.network())).collect::<Vec<_>>()
                 }
             })
             .collect();

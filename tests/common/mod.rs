@@ -3,3 +3,4 @@
 pub(crate) mod agent;
 pub(crate) mod lab;
 pub(crate) mod namespace;
+pub(crate) mod scenario;

@@ -33,7 +33,7 @@ pub struct Pinger {
 pub enum Echo {
     /// Answered, with the same payload, after this time.
     Answered(Duration),
-    /// Not sent: larger than the path is known to take.
+    /// Not sent, or refused on the way: larger than the path takes.
     TooLarge,
     /// No answer in time, or an ICMP error.
     Lost,
@@ -92,7 +92,14 @@ impl Pinger {
         }
         let deadline = sent + ECHO_TIMEOUT;
         loop {
-            match self.receive(deadline)? {
+            let received = match self.receive(deadline) {
+                // A router on the way said so.
+                Err(error) if error.raw_os_error() == Some(Errno::EMSGSIZE as i32) => {
+                    return Ok(Echo::TooLarge);
+                }
+                received => received?,
+            };
+            match received {
                 Some(packet) if self.is_answer(&packet, payload) => {
                     return Ok(Echo::Answered(sent.elapsed()));
                 }
