@@ -20,8 +20,9 @@ use super::instance::{INTERRUPTED, Lab, end};
 use super::layout::{NodeIndex, PodIndex, hub_netns};
 use super::netns::{Environment, Netns};
 use super::network::{hub_port, ip};
-use super::probe::ping::Pinger;
+use super::probe::ping::{Echo, Pinger};
 use super::process::ProcessId;
+use super::wait::until;
 
 /// Folder of the userspace devices' sockets, as seen on the node.
 const WIREGUARD_SOCKETS: &str = "/run/wireguard";
@@ -185,9 +186,14 @@ impl<'a> Node<'a> {
         let deadline = Instant::now() + timeout;
         let missing = netns.run(|| {
             targets.iter().find(|(_, address)| {
-                let answered = Pinger::new(*address)
-                    .and_then(|mut pinger| pinger.answers_before(deadline, &INTERRUPTED));
-                !answered.unwrap_or(false)
+                let heard = until(deadline, || {
+                    // Anew each time: without a route there is no socket, and with the wrong
+                    // one it has the wrong source address.
+                    let echo = Pinger::new(*address).and_then(|mut pinger| pinger.echo());
+                    let answered = matches!(echo, Ok(Echo::Answered(_)));
+                    (answered || INTERRUPTED.load(Ordering::Relaxed)).then_some(answered)
+                });
+                heard != Some(true)
             })
         })?;
         match missing {

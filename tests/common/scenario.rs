@@ -1,12 +1,13 @@
 //! What several tests of whole labs do to them and look at.
 
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use gambeson::lab::probe::ping::Pinger;
 use gambeson::lab::wait::until;
-use gambeson::lab::{
-    Environment, Lab, Node, Options, Pod, Progress, WireguardMode, WireguardModes,
-};
+use gambeson::lab::{Environment, Lab, Node, Options, Pod, WireguardMode, WireguardModes};
+
+use crate::common::lab::lab_options;
 
 /// How long anything may take that has no promise of its own.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -49,7 +50,9 @@ pub(crate) fn reaches(from: Pod<'_>, to: Pod<'_>, limit: Duration) -> bool {
     from.netns()
         .run(|| {
             addresses.iter().all(|address| {
-                Pinger::new(*address).and_then(|mut ping| ping.answers_before(deadline)).unwrap()
+                Pinger::new(*address)
+                    .and_then(|mut ping| ping.answers_before(deadline, &AtomicBool::new(false)))
+                    .unwrap()
             })
         })
         .unwrap()
