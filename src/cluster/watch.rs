@@ -105,7 +105,13 @@ impl NodeWatch {
             let started = Instant::now();
             // Kept for a resumption in case the watch fails now.
             *version = Some(from.clone());
-            match self.watch(&api, from, backoff).await {
+            let ended = self.watch(&api, from, backoff).await;
+            let short = started.elapsed() < SHORT_WATCH;
+            if !short {
+                // The server was well again, also if no Node has changed in that time.
+                backoff.reset();
+            }
+            match ended {
                 Ok(Ended::At(at)) => *version = Some(at),
                 Ok(Ended::Gone) => {
                     debug!("the API server has forgotten our resourceVersion; listing again");
@@ -118,7 +124,7 @@ impl NodeWatch {
                     return Err(error.into());
                 }
             }
-            if started.elapsed() < SHORT_WATCH {
+            if short {
                 sleep(backoff.wait()).await;
             }
         }
