@@ -29,9 +29,9 @@ use super::teardown;
 use super::wait::until;
 
 /// How long an agent may take until its node has a CNI configuration.
-const READY_TIMEOUT: Duration = Duration::from_secs(30);
+const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the first packet between two nodes may take.
-const PATH_TIMEOUT: Duration = Duration::from_secs(15);
+const PATH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Set when the person at the terminal wants `lab up` to stop.
 pub static INTERRUPTED: AtomicBool = AtomicBool::new(false);

@@ -22,6 +22,8 @@ const HEADER: usize = 16;
 const BUFFER: usize = 16 << 20;
 /// How often a receiver looks whether it should end.
 const TICK: Duration = Duration::from_millis(50);
+/// How far a sender that was held up may fall behind its rate and still catch up.
+const LONGEST_LAG: Duration = Duration::from_millis(5);
 /// Pause between bursts of a fast sender.
 const SHORTEST_PAUSE: Duration = Duration::from_micros(500);
 
@@ -268,13 +270,15 @@ impl Sender {
         let mut sent = Sent::default();
         let mut packet = vec![0; self.rate.payload.max(HEADER)];
         let interval = Duration::from_secs(1) / self.rate.packets_per_second.max(1);
-        let start = Instant::now();
+        let mut due = Instant::now();
         while !self.stop.load(Ordering::Relaxed) {
-            let due = start + interval.saturating_mul(sent.packets.try_into().unwrap_or(u32::MAX));
-            let early = due.saturating_duration_since(Instant::now());
-            if early > SHORTEST_PAUSE {
-                thread::sleep(early);
+            let now = Instant::now();
+            if due > now + SHORTEST_PAUSE {
+                thread::sleep(due - now);
             }
+            // A sender that was held up does not make up for it with a burst: that would
+            // measure queues.
+            due = (due + interval).max(now.checked_sub(LONGEST_LAG).unwrap_or(now));
             fill(&mut packet, self.identifier, sent.packets);
             if !self.send(&packet) {
                 sent.refused += 1;

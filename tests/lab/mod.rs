@@ -4,4 +4,4 @@
 mod api;
 mod kubectl;
 mod life;
-mod mesh;
+pub(crate) mod mesh;
