@@ -1,8 +1,9 @@
 //! What happens to running traffic when the control plane goes away: nothing.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gambeson::lab::traffic::{FlowReport, Rate, Traffic};
+use gambeson::lab::wait::until;
 use gambeson::lab::{Lab, LabError, Node, Options, Patch, Progress, WireguardMode};
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -46,10 +47,12 @@ fn assert_perfect(lab: &Lab, traffic: Traffic) {
 
 /// Waits until an agent that was started again is at work.
 fn wait_until_ready(node: Node<'_>) {
-    within(PATIENCE, &format!("the agent of {} is ready", node.name()), || {
+    let ready = until(Instant::now() + PATIENCE, || {
         let status = node.status().ok()?;
         (status.ready && status.waiting.is_none() && !status.peers.is_empty()).then_some(())
     });
+    let status = node.status();
+    assert!(ready.is_some(), "not ready: {status:#?}\n{}", node.agent_log().unwrap());
 }
 
 /// Ends both agents under traffic and starts them again, twice.

@@ -93,7 +93,13 @@ impl Stat {
         // The name in parentheses may hold anything; fields count from behind it.
         let (_, rest) = stat.rsplit_once(") ")?;
         let fields: Vec<&str> = rest.split(' ').collect();
-        let alive = !matches!(*fields.first()?, "Z" | "X");
+        let alive = match *fields.first()? {
+            "X" => false,
+            // The first thread has ended. Others may still be on their way, and until they
+            // have ended too, the process has its sockets and files.
+            "Z" => fields.get(17)?.parse::<u32>().ok()? > 1,
+            _ => true,
+        };
         Some(Self { alive, started: fields.get(19)?.parse().ok()? })
     }
 }
