@@ -2,15 +2,13 @@
 //! virtual machine, through `tests/vm.rs`:
 //! `tests/vm/run -- target/debug/deps/integration-... kernel::`.
 
+mod mesh;
+
 use std::process::Command;
 
 use gambeson_mesh::desired::Implementation;
 
-use gambeson::lab::{Family, Options};
-
 use crate::apply::wireguard;
-use crate::common::lab::lab_options;
-use crate::lab::mesh::{assert_holds, assert_kills_lose_nothing};
 
 #[test]
 fn a_wireguard_link_can_be_made_and_configured() {
@@ -38,21 +36,7 @@ fn a_taken_name_is_left_alone() {
     wireguard::taken_name(Implementation::Kernel);
 }
 
-fn lab(modes: &str) -> Options {
-    Options { wireguard: modes.parse().unwrap(), ..lab_options() }
-}
-
 #[test]
-fn a_lab_holds_over_kernel_devices() {
-    assert_holds(Options { pods: Family::Dual, underlay: Family::Dual, ..lab("kernel") });
-}
-
-#[test]
-fn a_lab_holds_between_kernel_and_userspace() {
-    assert_holds(lab("node-1=kernel,node-2=userspace"));
-}
-
-#[test]
-fn killing_every_agent_loses_no_packet() {
-    assert_kills_lose_nothing(lab("kernel"));
+fn hundreds_of_peers_and_thousands_of_prefixes_are_written_and_read() {
+    wireguard::many_peers(Implementation::Kernel);
 }

@@ -79,6 +79,7 @@ impl FlowReport {
 /// Running traffic. Ends when it is dropped.
 #[derive(Debug)]
 pub struct Traffic {
+    window: u64,
     stop_sending: Arc<AtomicBool>,
     stop_receiving: Arc<AtomicBool>,
     flows: Vec<Flow>,
@@ -112,7 +113,19 @@ struct Received {
 impl Traffic {
     /// Starts sending between these pods, both ways and over every address family they have.
     pub fn start(pairs: &[(Pod<'_>, Pod<'_>)], rate: Rate) -> Result<Self, LabError> {
+        Self::start_within(pairs, rate, u64::MAX)
+    }
+
+    /// As [`Traffic::start`], with at most `window` packets of a flow on their way, which
+    /// includes the lost. A machine too slow for the rate then sends less, instead of losing
+    /// packets in full queues: whatever is lost was lost for another reason.
+    pub fn start_within(
+        pairs: &[(Pod<'_>, Pod<'_>)],
+        rate: Rate,
+        window: u64,
+    ) -> Result<Self, LabError> {
         let mut traffic = Self {
+            window,
             stop_sending: Arc::default(),
             stop_receiving: Arc::default(),
             flows: Vec::new(),
@@ -202,6 +215,8 @@ impl Traffic {
             rate,
             stop: Arc::clone(&self.stop_sending),
             count: Arc::clone(&sent),
+            arrived: Arc::clone(&received),
+            window: self.window,
         };
         let name = |what| thread::Builder::new().name(format!("{what}-{}", to.name()));
         let receiver = name("receive").spawn(move || receiver.run()).map_err(failed)?;
@@ -263,6 +278,8 @@ struct Sender {
     rate: Rate,
     stop: Arc<AtomicBool>,
     count: Arc<AtomicU64>,
+    arrived: Arc<AtomicU64>,
+    window: u64,
 }
 
 impl Sender {
@@ -272,6 +289,11 @@ impl Sender {
         let interval = Duration::from_secs(1) / self.rate.packets_per_second.max(1);
         let mut due = Instant::now();
         while !self.stop.load(Ordering::Relaxed) {
+            let on_their_way = sent.packets.saturating_sub(self.arrived.load(Ordering::Relaxed));
+            if on_their_way >= self.window {
+                thread::sleep(SHORTEST_PAUSE);
+                continue;
+            }
             let now = Instant::now();
             if due > now + SHORTEST_PAUSE {
                 thread::sleep(due - now);

@@ -23,6 +23,10 @@ use crate::common::namespace::{device, in_namespace, sh};
 const PORT: u16 = 51820;
 /// More prefixes than a netlink message holds.
 const MANY: u8 = 250;
+/// Many more peers than a netlink message holds.
+const PEERS: u16 = 300;
+/// Prefixes of one peer, for many netlink messages.
+const PREFIXES: u16 = 2000;
 
 async fn kernel() -> Kernel {
     Kernel::with_program(env!("CARGO_BIN_EXE_gambeson").into()).await.unwrap()
@@ -155,6 +159,49 @@ pub(crate) fn full_round(implementation: Implementation) {
     });
 }
 
+/// More peers than a netlink message or a request holds, and one with more prefixes than
+/// that: all of it is written, read back as it is, and taken away again in part.
+pub(crate) fn many_peers(implementation: Implementation) {
+    in_namespace(async move || {
+        let mut kernel = kernel().await;
+        let small = (1..=PEERS).map(|number| {
+            let [high, low] = number.to_be_bytes();
+            let v4 = ipnet::IpNet::new([10, 100 + high, low, 0].into(), 24).unwrap();
+            let v6 = format!("fd00:{number:x}::/64").parse().unwrap();
+            let endpoint = SocketAddr::from(([192, 0, 2 + high, low], PORT));
+            let allowed_ips = BTreeSet::from([v4, v6]);
+            let peer = WireGuardPeer { endpoint, allowed_ips, persistent_keepalive: None };
+            (PrivateKey::generate().public(), peer)
+        });
+        let (large, mut owner) = peer(0, []);
+        owner.allowed_ips = (0..PREFIXES)
+            .map(|n| {
+                ipnet::IpNet::new([172, 16, n.to_be_bytes()[0], n.to_be_bytes()[1]].into(), 32)
+            })
+            .collect::<Result<_, _>>()
+            .unwrap();
+        let mut node = Node::new(implementation, small.chain([(large, owner)]).collect());
+        // The routes are another test's.
+        node.desired.routes.clear();
+        node.converge(&mut kernel).await;
+        let count = |expected: usize| {
+            let shown = sh("wg show gambeson0 allowed-ips");
+            let prefixes = shown.lines().flat_map(|line| line.split_whitespace().skip(1));
+            assert_eq!(prefixes.count(), expected);
+            shown.lines().count()
+        };
+        let (all, prefixes) = (usize::from(PEERS) + 1, usize::from(PREFIXES));
+        assert_eq!(count(2 * (all - 1) + prefixes), all);
+
+        let gone: Vec<_> = node.session().peers.keys().copied().filter(|k| *k != large).collect();
+        gone.iter().step_by(2).for_each(|key| _ = node.session().peers.remove(key));
+        let owner = node.session().peers.get_mut(&large).unwrap();
+        owner.allowed_ips = owner.allowed_ips.iter().copied().step_by(2).collect();
+        node.converge(&mut kernel).await;
+        assert_eq!(count(2 * (all / 2) + prefixes / 2), all / 2 + 1);
+    });
+}
+
 /// Peers come, go and exchange prefixes; a prefix goes; an endpoint and the port change.
 async fn change(node: &mut Node, kernel: &mut Kernel) {
     let keys: Vec<_> = node.session().peers.keys().copied().collect();
@@ -224,6 +271,11 @@ pub(crate) fn taken_name(implementation: Implementation) {
 #[test]
 fn userspace_devices_follow_every_change() {
     full_round(Implementation::Userspace);
+}
+
+#[test]
+fn hundreds_of_peers_and_thousands_of_prefixes_are_written_and_read() {
+    many_peers(Implementation::Userspace);
 }
 
 #[test]
