@@ -157,7 +157,15 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
             print!("{}", Lab::open(&name)?.kubeconfig());
             Ok(())
         }
-        LabCommand::Restart { node } => Ok(Lab::open(&name)?.node(&node)?.restart_agent()?),
+        LabCommand::Restart { node } => {
+            let lab = Lab::open(&name)?;
+            let node = lab.node(&node)?;
+            node.restart_agent()?;
+            let pid =
+                node.agent().map_or_else(|| "ended".to_owned(), |agent| agent.pid.to_string());
+            eprintln!("the agent of {} is started: {pid}", node.name());
+            Ok(())
+        }
         LabCommand::Down => {
             let progress = Progress::on_stderr();
             let found = Lab::down(&name, &progress)?;

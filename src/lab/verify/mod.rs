@@ -116,6 +116,9 @@ impl Lab {
     /// hold is in the result.
     pub fn verify(&self, progress: &Progress) -> Result<Verification, LabError> {
         let mut failures = Vec::new();
+        if self.pods().is_empty() {
+            failures.push("the lab has no pods, so there is nothing to check".to_owned());
+        }
         progress.step("checking every pair");
         let (pairs, node_pairs) = pairs::check(self)?;
         failures.extend(pairs::failures(pairs.iter().chain(&node_pairs)));

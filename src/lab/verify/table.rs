@@ -53,11 +53,11 @@ impl Verification {
             }
         }
         let text = &self.plaintext;
-        let canary = format!(
-            "{} in {} packets on the underlay",
-            if text.canary_found { "FOUND" } else { "not seen" },
-            text.packets_seen
-        );
+        let canary = match text.canary_found {
+            true => format!("FOUND in {} packets on the underlay", text.packets_seen),
+            false if self.nodes == 1 => "not sent: no other node".to_owned(),
+            false => format!("not seen in {} packets on the underlay", text.packets_seen),
+        };
         row("canary", canary, !text.canary_found);
         let control = if text.control_found { "found in clear" } else { "not found" };
         row("positive control", control.to_owned(), text.control_found);
@@ -146,7 +146,7 @@ fn transports(pairs: &[PairResult]) -> String {
         .filter(|transport| *transport != "local")
         .collect();
     if names.is_empty() {
-        return "one node only".to_owned();
+        return "no pair".to_owned();
     }
     names.into_iter().collect::<Vec<_>>().join(", ")
 }
