@@ -16,7 +16,7 @@ mod store;
 pub use generation::Generation;
 #[cfg(feature = "private")]
 pub use key::PrivateKey;
-pub use public::{PublicKey, PublicKeyError};
+pub use public::{PublicKey, PublicKeyError, is_low_order};
 #[cfg(feature = "private")]
 pub use ring::KeyRing;
 #[cfg(feature = "private")]

@@ -53,17 +53,25 @@ const fn with_ends(first: u8, middle: u8, last: u8) -> [u8; 32] {
     bytes
 }
 
+/// Whether X25519 with this point gives a shared secret that everybody knows, whatever the
+/// private key. The top bit is ignored, as X25519 does.
+pub fn is_low_order(point: &[u8; 32]) -> bool {
+    let mut masked = *point;
+    masked[31] &= 0x7f;
+    LOW_ORDER.contains(&masked)
+}
+
 impl PublicKey {
     /// Checks the bytes.
     ///
     /// # Errors
     /// [`PublicKeyError::LowOrder`] and [`PublicKeyError::NotCanonical`].
     pub fn from_bytes(bytes: [u8; 32]) -> Result<Self, PublicKeyError> {
-        let mut masked = bytes;
-        masked[31] &= 0x7f;
-        if LOW_ORDER.contains(&masked) {
+        if is_low_order(&bytes) {
             return Err(PublicKeyError::LowOrder);
         }
+        let mut masked = bytes;
+        masked[31] &= 0x7f;
         let below_prime =
             masked[0] < 0xed || masked[31] != 0x7f || masked[1..31].iter().any(|b| *b != 0xff);
         if masked != bytes || !below_prime {
@@ -148,10 +156,15 @@ mod tests {
     #[test]
     fn every_listed_point_gives_a_known_secret() {
         let secret = x25519_dalek::StaticSecret::from([7; 32]);
-        for bytes in LOW_ORDER {
-            let point = x25519_dalek::PublicKey::from(bytes);
-            assert!(!secret.diffie_hellman(&point).was_contributory(), "{bytes:x?}");
+        for mut bytes in LOW_ORDER {
+            for high in [0, 0x80] {
+                bytes[31] = (bytes[31] & 0x7f) | high;
+                let point = x25519_dalek::PublicKey::from(bytes);
+                assert!(is_low_order(&bytes), "{bytes:x?}");
+                assert!(!secret.diffie_hellman(&point).was_contributory(), "{bytes:x?}");
+            }
         }
+        assert!(!is_low_order(x25519_dalek::PublicKey::from(&secret).as_bytes()));
     }
 
     #[test]

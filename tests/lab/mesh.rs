@@ -3,14 +3,10 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use gambeson::lab::traffic::{FlowReport, Rate, Traffic};
 use gambeson::lab::wait::until;
 use gambeson::lab::{Family, Lab, Options, Progress, WireguardMode, WireguardModes};
 
 use crate::common::lab::{GAMBESON, both, chain, lab_options, lab_up, stdout_of};
-
-/// For what takes a second, on an emulated processor too.
-const LONG_ENOUGH: Duration = Duration::from_secs(120);
 
 fn userspace() -> Options {
     Options { wireguard: WireguardModes::all(WireguardMode::Userspace), ..lab_options() }
@@ -93,31 +89,6 @@ fn verify_finds_clear_text_and_broken_paths() {
         Command::new(GAMBESON).args(["lab", "verify", "--name", name.as_str()]).output().unwrap();
     assert_eq!(gambeson.status.code(), Some(8), "{}", both(&gambeson));
     assert!(both(&gambeson).contains("pod-1-1 to pod-2-1"), "{}", both(&gambeson));
-}
-
-/// Under 1,000 packets per second each way, all agents are killed and started again.
-pub(crate) fn assert_kills_lose_nothing(options: Options) {
-    let lab = lab_up(options);
-    let pairs = (lab.pod("pod-1-1").unwrap(), lab.pod("pod-2-1").unwrap());
-    let traffic = Traffic::start(&[pairs], Rate::default()).unwrap();
-    let flow_on = |packets: u64| {
-        let goal = traffic.so_far().1 + packets;
-        let arrived = || (traffic.so_far().1 >= goal).then_some(());
-        until(Instant::now() + LONG_ENOUGH, arrived).expect("the traffic stands still");
-    };
-    flow_on(500);
-    lab.nodes().iter().for_each(|node| node.kill_agent().unwrap());
-    flow_on(2000);
-    lab.nodes().iter().for_each(|node| node.start_agent().unwrap());
-    for node in lab.nodes() {
-        let adopted = until(Instant::now() + LONG_ENOUGH, || {
-            node.status().is_ok_and(|status| status.ready && status.peers.len() == 1).then_some(())
-        });
-        assert!(adopted.is_some(), "{}", node.agent_log().unwrap());
-    }
-    flow_on(2000);
-    let reports = traffic.finish(Duration::from_secs(20));
-    assert!(reports.iter().all(FlowReport::is_perfect), "{reports:?}");
 }
 
 #[test]

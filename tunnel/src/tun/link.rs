@@ -69,6 +69,11 @@ impl Link {
         self.set_attribute(libc::IFLA_IFNAME, &value)
     }
 
+    /// How many packets may wait for us to read them (`txqueuelen`).
+    pub(super) fn set_queue_length(&self, packets: u32) -> io::Result<()> {
+        self.set_attribute(libc::IFLA_TXQLEN, &packets.to_ne_bytes())
+    }
+
     fn request(&self) -> io::Result<libc::ifreq> {
         let name = if_indextoname(self.index)?;
         request(name.to_str().map_err(|_| Errno::EINVAL)?)

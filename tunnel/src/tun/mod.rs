@@ -18,6 +18,10 @@ pub(crate) use link::{Link, drain, watch_links};
 const BATCH_PACKETS: usize = 128;
 const BATCH_BYTES: usize = 256 << 10;
 
+/// How many packets wait in the device while we are not running. The kernel's 500 are gone
+/// after half a second without the processor at 1,000 packets/s.
+const QUEUE_PACKETS: u32 = 4096;
+
 /// A TUN device that this process made. It goes away with the process.
 pub(crate) struct Tun {
     file: File,
@@ -49,6 +53,8 @@ impl Tun {
         let made = attach(&file, first_name).map_err(|source| creation_error(name, source))?;
         let link = Link::open(&made).map_err(|source| failed("find the index", name, source))?;
         link.set_mtu(mtu).map_err(|source| failed("set the MTU", name, source))?;
+        link.set_queue_length(QUEUE_PACKETS)
+            .map_err(|source| failed("set the queue length", name, source))?;
         if let Some(alias) = alias {
             link.set_alias(alias).map_err(|source| failed("set the alias", name, source))?;
             link.rename(name).map_err(|source| creation_error(name, source))?;
