@@ -54,14 +54,7 @@ impl Lab {
     pub fn up(options: Options, progress: &Progress) -> Result<Self, LabError> {
         options.validate()?;
         require_root()?;
-        let folder = options.state_dir();
-        fs::create_dir_all(STATE_ROOT).map_err(file_error("make", STATE_ROOT))?;
-        match fs::create_dir(&folder) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(LabError::Exists(options.name));
-            }
-            made => made.map_err(file_error("make", &folder))?,
-        }
+        make_folder(&options.name)?;
         let lock = Lock::take(&options.name)?;
         let mut lab = Self::with_state(State::new(options), true);
         lab.lock = lock;
@@ -390,4 +383,21 @@ fn node_object(options: &Options, node: NodeIndex) -> Value {
             "nodeInfo": { "kubeletVersion": "v1.33.0", "osImage": "Gambeson lab" },
         },
     })
+}
+
+/// Makes the folder of a new lab.
+fn make_folder(name: &LabName) -> Result<(), LabError> {
+    let folder = state_dir(name);
+    loop {
+        fs::create_dir_all(STATE_ROOT).map_err(file_error("make", STATE_ROOT))?;
+        match fs::create_dir(&folder) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(LabError::Exists(name.clone()));
+            }
+            // Another lab, the last one then, took the folder of all labs with it just now.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(file_error("make", &folder)(error)),
+        }
+    }
 }
