@@ -19,8 +19,8 @@ lab:    ## A cluster in network namespaces, up and verified: make lab ARGS="--fa
 	@deploy/setup/lab.sh $(TARGET)/release/gambeson $(ARGS)
 
 test: setup check   ## Everything that CI runs
-	cargo nextest run --locked --workspace
 	cargo test --locked --quiet --workspace --doc
+	cargo nextest run --locked --workspace
 
 check:  ## Formatting, lints, documentation, licences
 	cargo fmt --all --check
