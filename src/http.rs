@@ -151,6 +151,12 @@ impl Collector for StatusMetrics {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             gauge.encode(metric)?;
         }
+        if let Some(time) = guard.seen_whole {
+            let help = "When the guard was last seen exactly as it has to be, in Unix time";
+            let name = "guard_seen_whole_timestamp_seconds";
+            let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            ConstGauge::new(i64::try_from(time).unwrap_or(i64::MAX)).encode(metric)?;
+        }
         let drops = [("out", guard.out_packets), ("in", guard.in_packets)]
             .map(|(direction, packets)| ([("direction", direction)], packets));
         counters(&mut encoder, "guard_drops", "Packets in clear that the guard stopped", drops)?;
@@ -222,7 +228,7 @@ mod tests {
                 mtu: 1440,
             }],
             refused: vec![RefusedStatus { name: "n".into(), reason: "r".into(), kept: false }],
-            guard: GuardStatus { out_packets: 3, ..GuardStatus::default() },
+            guard: GuardStatus { seen_whole: Some(7), out_packets: 3, ..GuardStatus::default() },
             ..Status::starting("node-1")
         }
     }
@@ -239,6 +245,7 @@ mod tests {
             "gambeson_peer_handshake_age_seconds{peer=\"node-2\"} 5",
             "gambeson_peer_receive_bytes_total{peer=\"node-2\"} 10",
             "gambeson_peer_transmit_bytes_total{peer=\"node-2\"} 20",
+            "gambeson_guard_seen_whole_timestamp_seconds 7",
             "gambeson_guard_drops_total{direction=\"out\"} 3",
             "gambeson_guard_drops_total{direction=\"in\"} 0",
             "gambeson_reconcile_errors_total 2",

@@ -6,7 +6,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use comfy_table::{Table, presets};
 use gambeson_keys::{Generation, PublicKey};
@@ -105,9 +105,12 @@ pub struct RefusedStatus {
     pub kept: bool,
 }
 
-/// Packets that were about to leave, or arrived, in clear.
+/// The guard, and the packets that were about to leave, or arrived, in clear.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuardStatus {
+    /// When its rules were last seen to be exactly what they have to be, in seconds since the
+    /// Unix epoch; `null` before the first time.
+    pub seen_whole: Option<u64>,
     /// Packets stopped on their way out.
     pub out_packets: u64,
     /// Their bytes.
@@ -301,10 +304,14 @@ impl Status {
             let (name, mtu) = (&underlay.interface, underlay.mtu);
             writeln!(f, "Underlay        {name} (MTU {mtu}), {}", endpoints.join(", "))?;
         }
-        let GuardStatus { out_packets, in_packets, .. } = self.guard;
+        let GuardStatus { seen_whole, out_packets, in_packets, .. } = self.guard;
+        let whole = match seen_whole {
+            Some(time) => format!("whole {}", age(seconds_since(time))),
+            None => "not seen whole yet".to_owned(),
+        };
         writeln!(
             f,
-            "Guard           {out_packets} packets stopped going out, {in_packets} coming in"
+            "Guard           {whole}, {out_packets} packets stopped going out, {in_packets} coming in"
         )?;
         writeln!(f, "Peers           {} in use, {} refused", self.peers.len(), self.refused.len())
     }
@@ -340,6 +347,13 @@ impl Status {
         }
         table
     }
+}
+
+/// Seconds since a time that is given in seconds since the Unix epoch.
+fn seconds_since(time: u64) -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |now| now.as_secs().saturating_sub(time))
 }
 
 fn age(seconds: u64) -> String {
@@ -403,6 +417,7 @@ mod tests {
                 reason: "public-key: a low-order point".into(),
                 kept: true,
             }],
+            guard: GuardStatus { seen_whole: Some(0), ..GuardStatus::default() },
             ready: true,
             ..Status::starting("node-1")
         }
@@ -417,6 +432,7 @@ mod tests {
             "userspace",
             "generation 3",
             "eth0 (MTU 1500), 192.0.2.1",
+            "d ago, 0 packets stopped going out",
             "node-2",
             "10.244.2.0/24",
             "192.0.2.2:51820",
@@ -438,6 +454,7 @@ mod tests {
         };
         let text = status.to_string();
         assert!(text.contains("waiting: a pod CIDR"), "{text}");
+        assert!(text.contains("not seen whole yet"), "{text}");
         assert!(text.contains("UDP port 51820 is taken"), "{text}");
     }
 

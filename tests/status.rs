@@ -1,5 +1,7 @@
 //! What an operator asks an agent: `gambeson status`, health, readiness and metrics.
 
+use std::time::SystemTime;
+
 use gambeson::lab::{Lab, Node, Options, Patch};
 use serde_json::{Value, json};
 
@@ -34,6 +36,10 @@ fn lab() -> Lab {
     lab
 }
 
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
+}
+
 #[test]
 fn status_has_everything_a_person_and_a_program_ask_for() {
     let lab = lab();
@@ -48,7 +54,9 @@ fn status_has_everything_a_person_and_a_program_ask_for() {
     let underlay = json!({ "interface": "eth0", "mtu": 1500, "endpoints": ["192.168.240.1"] });
     assert_eq!(document["underlay"], underlay);
     assert_eq!((&document["ready"], &document["errors"]), (&json!(true), &json!([])));
-    let drops = json!({ "out_packets": 0, "out_bytes": 0, "in_packets": 0, "in_bytes": 0 });
+    let age = unix_now() - document["guard"]["seen_whole"].as_u64().unwrap();
+    assert!(age <= 2, "the guard was last seen whole {age} s ago");
+    let drops = json!({ "seen_whole": document["guard"]["seen_whole"], "out_packets": 0, "out_bytes": 0, "in_packets": 0, "in_bytes": 0 });
     assert_eq!(document["guard"], drops);
 
     let peer = &document["peers"][0];

@@ -284,8 +284,9 @@ impl Agent {
         let Cluster { store, publication, .. } = &self.cluster;
         let pass = self.reconciler.pass(&self.node, store, publication).await?;
         if fresh && let Ok(drops) = self.reconciler.guard_drops().await {
-            self.reporter.set_guard(&drops);
+            self.reporter.set_drops(&drops);
         }
+        self.reporter.set_guard_seen_whole(self.reconciler.guard_seen_whole());
         let now = Instant::now();
         let report = self.reporter.report(&pass, &self.cluster.troubles(), now);
         self.status.send_replace(report);

@@ -2,6 +2,7 @@
 //! to the difference, to the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::SystemTime;
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
@@ -96,6 +97,11 @@ impl Reconciler {
     /// Packets that the guard stopped, if it can be asked.
     pub(super) async fn guard_drops(&self) -> Result<crate::apply::GuardDrops, ApplyError> {
         self.kernel.guard_drops().await
+    }
+
+    /// When the guard was last seen whole.
+    pub(super) fn guard_seen_whole(&self) -> Option<SystemTime> {
+        self.kernel.guard_seen_whole()
     }
 
     /// Brings up only what stops packets: the guard and the fail-closed routes. Devices and

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use gambeson_mesh::NodeName;
 use gambeson_mesh::desired::{Desired, Implementation, NextHop, PEER_ROUTE_METRIC, RouteKey};
@@ -55,13 +55,20 @@ impl Reporter {
     }
 
     /// Takes in newer counters of the guard.
-    pub(super) fn set_guard(&mut self, drops: &GuardDrops) {
+    pub(super) fn set_drops(&mut self, drops: &GuardDrops) {
         self.guard = GuardStatus {
             out_packets: drops.out_packets,
             out_bytes: drops.out_bytes,
             in_packets: drops.in_packets,
             in_bytes: drops.in_bytes,
+            ..self.guard
         };
+    }
+
+    /// Takes in when the guard was last seen whole.
+    pub(super) fn set_guard_seen_whole(&mut self, seen: Option<SystemTime>) {
+        let since_epoch = seen.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+        self.guard.seen_whole = since_epoch.map(|time| time.as_secs());
     }
 
     /// Logs what changed since the last pass, and gives the status after this one.

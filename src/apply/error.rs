@@ -102,6 +102,16 @@ pub enum ApplyError {
     /// What `nft` printed is not what it documents.
     #[error("cannot understand what `nft` printed for table inet gambeson")]
     ParseNft { source: serde_json::Error },
+    /// The kernel does not say how often its ruleset was changed.
+    #[error("cannot read the generation of the nftables ruleset{}", hint(source))]
+    ReadGeneration { source: io::Error },
+    /// Somebody else changes the ruleset all the time.
+    #[error(
+        "table inet gambeson was written, but other programs changed the nftables ruleset at the \
+         same time, {attempts} times in a row, so that it is not known to be whole; `nft monitor` \
+         shows who"
+    )]
+    Disturbed { attempts: usize },
     /// The guard's counters are not there.
     #[error("table inet gambeson has no counter {name}; it is made again in the next pass")]
     NoCounter { name: &'static str },

@@ -17,6 +17,7 @@ mod wireguard;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use gambeson_keys::{KeyRing, PublicKey};
 use gambeson_mesh::desired::Implementation;
@@ -39,6 +40,7 @@ pub struct Kernel {
     /// Endpoints as they were written last. Where a peer is now may differ: it roams.
     pinned: BTreeMap<(DeviceName, PublicKey), SocketAddr>,
     ruleset: Option<nft::Written>,
+    guard_whole: Option<SystemTime>,
 }
 
 impl Kernel {
@@ -60,7 +62,7 @@ impl Kernel {
     /// [`ApplyError::Connect`].
     pub async fn with_program(program: PathBuf) -> Result<Self, ApplyError> {
         let netlink = Netlink::connect().map_err(|source| ApplyError::Connect { source })?;
-        Ok(Self { netlink, program, pinned: BTreeMap::new(), ruleset: None })
+        Ok(Self { netlink, program, pinned: BTreeMap::new(), ruleset: None, guard_whole: None })
     }
 
     /// Reads everything that carries our names and marks.
@@ -85,6 +87,7 @@ impl Kernel {
             && nft::is_intact(written).await?
         {
             observed.ruleset = Some(written.ruleset.clone());
+            self.guard_whole = Some(SystemTime::now());
         }
         Ok(observed)
     }
@@ -107,6 +110,11 @@ impl Kernel {
     /// [`ApplyError::NoCounter`] while the guard is not installed, or what `nft` failed with.
     pub async fn guard_drops(&self) -> Result<GuardDrops, ApplyError> {
         nft::drops().await
+    }
+
+    /// When the guard's table was last seen to be exactly what was written.
+    pub fn guard_seen_whole(&self) -> Option<SystemTime> {
+        self.guard_whole
     }
 
     /// Whether a link of type `wireguard` can be made here: makes one under a temporary name
@@ -152,6 +160,7 @@ impl Kernel {
             Action::SetRuleset(ruleset) => {
                 self.ruleset = None;
                 self.ruleset = Some(nft::write(ruleset).await?);
+                self.guard_whole = Some(SystemTime::now());
                 Ok(())
             }
             Action::SetSysctl(sysctl, value) => sysctl::write(*sysctl, value),

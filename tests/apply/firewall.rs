@@ -1,5 +1,7 @@
 use std::fs::File;
 use std::net::{IpAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gambeson_mesh::desired::Ruleset;
@@ -8,7 +10,7 @@ use gambeson_mesh::plan::Action;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{setsockopt, sockopt::Mark};
 
-use crate::common::namespace::{execute, in_namespace, kernel, sh};
+use crate::common::namespace::{attempt, execute, in_namespace, kernel, sh};
 use gambeson::apply::GuardDrops;
 
 pub(super) fn ruleset(masquerade: bool) -> Ruleset {
@@ -46,6 +48,35 @@ fn a_written_ruleset_is_observed_until_somebody_changes_it() {
             execute(&mut kernel, [Action::SetRuleset(ruleset(true))]).await;
             assert_eq!(kernel.observe().await.unwrap().ruleset, Some(ruleset(true)), "{change}");
         }
+    });
+}
+
+/// Changes that fall between a write and the look at what it made must not be taken for what
+/// was meant.
+#[test]
+fn a_ruleset_that_is_changed_while_it_is_written_is_not_taken_for_whole() {
+    in_namespace(async || {
+        let mut kernel = kernel().await;
+        for _ in 0..5 {
+            let stop = Arc::new(AtomicBool::new(false));
+            let attackers = [stop.clone(), stop.clone()].map(|stop| {
+                std::thread::spawn(move || {
+                    while !stop.load(Ordering::Relaxed) {
+                        sh("nft flush chain inet gambeson guard_out 2> /dev/null || true");
+                    }
+                })
+            });
+            // That it could not be written undisturbed is an error; to believe it was, is worse.
+            attempt(&mut kernel, [Action::SetRuleset(ruleset(true))]).await;
+            stop.store(true, Ordering::Relaxed);
+            attackers.into_iter().for_each(|attacker| attacker.join().unwrap());
+            let observed = kernel.observe().await.unwrap().ruleset;
+            let rules = sh("nft list chain inet gambeson guard_out");
+            assert_eq!(observed.is_some(), rules.matches(" drop").count() == 2, "{rules}");
+        }
+        execute(&mut kernel, [Action::SetRuleset(ruleset(true))]).await;
+        assert_eq!(kernel.observe().await.unwrap().ruleset, Some(ruleset(true)));
+        assert!(kernel.guard_seen_whole().is_some());
     });
 }
 

@@ -1,8 +1,14 @@
 //! Table `inet gambeson`: the fail-closed guard and masquerade, through the program `nft`.
 //!
 //! The table is written in one transaction that keeps the guard's counters. Whether it is
-//! intact is decided by comparing what `nft` lists now with what it listed right after our
-//! write: so a rule that somebody changed is noticed, in whatever way it was changed.
+//! intact is decided by comparing what `nft` lists now with what it listed after our write:
+//! so a rule that somebody changed is noticed, in whatever way it was changed. That listing
+//! is believed only when the kernel's count of transactions shows that nobody else's fell
+//! between the look at what was there and the listing:
+//!
+//! ```text
+//! count n -> list, write, count n + 1 -> list, count n + 1     what was meant is what is there
+//! ```
 
 mod render;
 
@@ -15,6 +21,9 @@ use tokio::process::Command;
 
 use super::{ApplyError, generation};
 use render::{IN, OUT, fits, render, render_anew};
+
+/// How often a write is repeated when somebody else changes the ruleset at the same time.
+const ATTEMPTS: usize = 10;
 
 /// What the guard has dropped since its table was first made.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -29,7 +38,7 @@ pub struct GuardDrops {
     pub in_bytes: u64,
 }
 
-/// A ruleset as it was written, and how `nft` listed it right afterwards.
+/// A ruleset that was written, and how `nft` lists it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Written {
     pub(super) ruleset: Ruleset,
@@ -39,7 +48,22 @@ pub(super) struct Written {
 }
 
 /// Writes the ruleset and remembers how it is listed.
+///
+/// # Errors
+/// [`ApplyError::Disturbed`] when it was written, but others kept changing the ruleset, so
+/// that what is there cannot be told.
 pub(super) async fn write(ruleset: &Ruleset) -> Result<Written, ApplyError> {
+    for _ in 0..ATTEMPTS {
+        if let Some(written) = write_alone(ruleset).await? {
+            return Ok(written);
+        }
+    }
+    Err(ApplyError::Disturbed { attempts: ATTEMPTS })
+}
+
+/// Writes the ruleset, or gives `None` when others changed something meanwhile.
+async fn write_alone(ruleset: &Ruleset) -> Result<Option<Written>, ApplyError> {
+    let before = generation().await?;
     let present = list().await?;
     let text = match &present {
         Some(listing) if !fits(ruleset, listing) => {
@@ -48,27 +72,37 @@ pub(super) async fn write(ruleset: &Ruleset) -> Result<Written, ApplyError> {
         _ => render(ruleset)?,
     };
     run(&["-f", "-"], Some(&text), "load table inet gambeson").await?;
-    let generation = generation().await;
-    let listing = list().await?.ok_or(ApplyError::NoCounter { name: OUT })?;
-    Ok(Written { ruleset: ruleset.clone(), listing: normalised(listing), generation })
+    // The kernel leaves zero out.
+    let ours = before.checked_add(1).unwrap_or(1);
+    if generation().await? != ours {
+        return Ok(None);
+    }
+    let listing = list().await?;
+    match listing {
+        Some(listing) if generation().await? == ours => Ok(Some(Written {
+            ruleset: ruleset.clone(),
+            listing: normalised(listing),
+            generation: Some(ours),
+        })),
+        _ => Ok(None),
+    }
 }
 
 /// Whether the table still is exactly what was written.
 pub(super) async fn is_intact(written: &mut Written) -> Result<bool, ApplyError> {
     // Read before the table: a change in between is seen the next time.
-    let generation = generation().await;
-    if generation.is_some() && generation == written.generation {
+    let generation = generation().await?;
+    if Some(generation) == written.generation {
         return Ok(true);
     }
     let intact = list().await?.is_some_and(|listing| normalised(listing) == written.listing);
-    written.generation = generation.filter(|_| intact);
+    written.generation = intact.then_some(generation);
     Ok(intact)
 }
 
-/// The ruleset's generation. Without it the table is listed each time.
-async fn generation() -> Option<u32> {
-    let number = generation::read().await;
-    number.inspect_err(|error| tracing::debug!(%error, "no nftables generation")).ok()
+/// The count of transactions in this namespace.
+async fn generation() -> Result<u32, ApplyError> {
+    generation::read().await.map_err(|source| ApplyError::ReadGeneration { source })
 }
 
 /// Reads the guard's counters.
