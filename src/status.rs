@@ -56,6 +56,8 @@ pub struct Status {
     pub waiting: Option<String>,
     /// What is wrong at the moment.
     pub errors: Vec<String>,
+    /// What somebody should correct, though everything works.
+    pub warnings: Vec<String>,
 }
 
 /// The underlay interface.
@@ -146,6 +148,7 @@ impl Status {
             ready: false,
             waiting: None,
             errors: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 
@@ -270,10 +273,12 @@ impl fmt::Display for Status {
                 writeln!(f, "  {}: {}{kept}", refused.name, refused.reason)?;
             }
         }
-        if !self.errors.is_empty() {
-            writeln!(f, "\nErrors:")?;
-            for error in &self.errors {
-                writeln!(f, "  {error}")?;
+        for (heading, lines) in [("Errors", &self.errors), ("Warnings", &self.warnings)] {
+            if !lines.is_empty() {
+                writeln!(f, "\n{heading}:")?;
+            }
+            for line in lines {
+                writeln!(f, "  {line}")?;
             }
         }
         Ok(())
@@ -450,12 +455,14 @@ mod tests {
         let status = Status {
             waiting: Some("a pod CIDR".into()),
             errors: vec!["UDP port 51820 is taken".into()],
+            warnings: vec!["a typing error".into()],
             ..Status::starting("node-1")
         };
         let text = status.to_string();
         assert!(text.contains("waiting: a pod CIDR"), "{text}");
         assert!(text.contains("not seen whole yet"), "{text}");
-        assert!(text.contains("UDP port 51820 is taken"), "{text}");
+        assert!(text.contains("Errors:\n  UDP port 51820 is taken\n"), "{text}");
+        assert!(text.contains("Warnings:\n  a typing error\n"), "{text}");
     }
 
     #[tokio::test]

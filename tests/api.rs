@@ -14,6 +14,7 @@ use crate::common::agent::{
     LogSince, address, answers, eventually, peers, status_when, stranger, userspace,
 };
 use crate::common::lab::lab_up;
+use crate::common::scenario::{assert_connected, fingerprint, run};
 
 /// How long nothing may happen for "nothing happens" to mean something: longer than the pause
 /// after which the same patch may be sent again.
@@ -122,6 +123,31 @@ fn an_outage_changes_nothing_and_what_changed_meanwhile_is_taken_up() {
 }
 
 // Fault 5.
+/// What a former agent left in the devices is enough to keep the mesh whole.
+#[test]
+fn an_agent_that_starts_during_an_outage_repairs_what_it_finds() {
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let before = fingerprint(node);
+    lab.kill_api().unwrap();
+    node.restart_agent().unwrap();
+    let status = status_when(node, "knows its peer from the device", |status| {
+        status.waiting.is_some() && !status.peers.is_empty()
+    });
+    assert_eq!(status.peers[0].pod_cidrs, ["10.244.2.0/24".parse().unwrap()]);
+    assert!(status.waiting.is_some_and(|waiting| waiting.contains("list of Nodes")));
+    for damage in ["ip route flush proto 151", "ip link delete gambeson0"] {
+        run(&node.environment(), damage);
+        eventually(node, damage, || (fingerprint(node) == before).then_some(()));
+        assert_connected(&lab, "node-1", "node-2");
+    }
+    lab.start_api().unwrap();
+    status_when(node, "knows its peer by name", |status| {
+        peers(status) == ["node-2"] && status.waiting.is_none() && status.errors.is_empty()
+    });
+    assert_eq!(fingerprint(node), before);
+}
+
 #[test]
 fn a_list_that_would_take_the_mesh_down_is_not_believed() {
     let lab = lab_up(userspace());

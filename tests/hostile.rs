@@ -12,9 +12,10 @@ use gambeson_keys::PrivateKey;
 use serde_json::{Map, Value, json};
 
 use crate::common::agent::{
-    address, answers, eventually, peers, refusal, status_json, status_when, userspace,
+    address, answers, eventually, peers, refusal, status_json, status_when, stranger, userspace,
 };
 use crate::common::lab::lab_up;
+use crate::common::scenario::run;
 
 /// The Node that goes wrong, and those that watch it.
 const BAD: &str = "node-3";
@@ -182,22 +183,82 @@ fn a_bad_node_is_refused_by_its_reason_and_nobody_else_is_affected() {
     assert!(!lab.node("node-1").unwrap().agent_log().unwrap().contains('\u{1b}'));
 }
 
+/// The kernel is the memory: what an agent's devices carry keeps its place over a restart.
+#[test]
+fn a_bad_node_and_a_restart_cut_nobody_off() {
+    let hostile = Hostile::new();
+    let lab = &hostile.lab;
+    let node = lab.node("node-2").unwrap();
+    let pod = lab.pod("pod-2-1").unwrap();
+    let device = || {
+        let look = "wg show gambeson0 allowed-ips | sort; ip route show proto 151 | sort";
+        run(&node.environment(), look)
+    };
+    let before = device();
+    // The key of node-1, which has the higher name of the two once it is forged on `a-thief`,
+    // a Node that claims to be older than all.
+    let mut thief = stranger(9);
+    thief["metadata"]["name"] = "a-thief".into();
+    thief["metadata"]["creationTimestamp"] = "2001-01-01T00:00:00Z".into();
+    thief["metadata"]["annotations"]["gambeson.io/public-key"] = key_of(lab, "node-1").into();
+    lab.api().unwrap().create_node(&thief).unwrap();
+    hostile.patch(&annotation("public-key", key_of(lab, "node-1"), "").patch);
+    for restart in ["before", "after"] {
+        let status = status_when(node, "refuses both thieves", |status| {
+            let stolen = |name| {
+                refusal(status, name).is_some_and(|r| r.reason.contains("the key of node node-1"))
+            };
+            stolen("a-thief") && stolen(BAD) && peers(status) == ["node-1", BAD]
+        });
+        assert!(refusal(&status, BAD).is_some_and(|r| r.kept), "{status}");
+        assert_eq!(device(), before, "{restart}");
+        assert!(answers(pod, address(lab, "pod-1-1")) && answers(pod, address(lab, "pod-3-1")));
+        if restart == "before" {
+            node.restart_agent().unwrap();
+        }
+    }
+}
+
+/// A typing error in an option that people set costs that option.
+#[test]
+fn a_typing_error_in_an_option_refuses_nobody() {
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let typo = json!({ "metadata": { "annotations": {
+        "config.gambeson.io/persistent-keepalive": "25s" } } });
+    lab.api().unwrap().patch_node("node-2", Patch::Merge, &typo).unwrap();
+    for restart in [true, false] {
+        let status = status_when(node, "warns of it", |status| !status.warnings.is_empty());
+        let warning = &status.warnings[0];
+        assert!(warning.contains("Node node-2") && warning.contains("\"25s\""), "{warning}");
+        assert!(status.refused.is_empty() && status.errors.is_empty(), "{status}");
+        assert_eq!(peers(&status), ["node-2"]);
+        assert!(answers(lab.pod("pod-1-1").unwrap(), address(&lab, "pod-2-1")));
+        if restart {
+            node.restart_agent().unwrap();
+        }
+    }
+}
+
 /// Without a last good state there is nothing to keep.
 #[test]
 fn a_node_that_is_bad_at_first_sight_is_no_peer() {
-    let hostile = Hostile::new();
-    let lab = &hostile.lab;
+    let lab = lab_up(userspace());
     let node = lab.node("node-1").unwrap();
-    hostile.assert_refused(&annotation("public-key", "garbage", "not the base64"), true);
-    node.restart_agent().unwrap();
-    let status = status_when(node, "meshes with the good node alone", |status| {
-        peers(status) == ["node-2"] && refusal(status, BAD).is_some_and(|r| !r.kept)
-    });
-    assert!(status.ready, "{status}");
-    let pod = lab.pod("pod-1-1").unwrap();
-    assert!(answers(pod, address(lab, "pod-2-1")));
-    hostile.restore();
-    assert!(answers(pod, address(lab, "pod-3-1")));
+    let mut bad = stranger(9);
+    bad["metadata"]["annotations"]["gambeson.io/public-key"] = "garbage".into();
+    lab.api().unwrap().create_node(&bad).unwrap();
+    for restart in [true, false] {
+        let status = status_when(node, "meshes with the good node alone", |status| {
+            let refused = refusal(status, "stranger-9");
+            peers(status) == ["node-2"] && refused.is_some_and(|r| !r.kept)
+        });
+        assert!(status.ready, "{status}");
+        if restart {
+            node.restart_agent().unwrap();
+        }
+    }
+    assert!(answers(lab.pod("pod-1-1").unwrap(), address(&lab, "pod-2-1")));
 }
 
 // Faults 17 (a generation that goes back) and 20.

@@ -9,10 +9,7 @@ use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 use serde::Serialize;
 
-use crate::node::Local;
-use crate::session::{DeviceName, Session};
-use crate::topology::Mesh;
-use crate::transport;
+use crate::session::DeviceName;
 
 /// Marks a link as made by Gambeson (`ip link` shows it as `alias gambeson`).
 pub const LINK_ALIAS: &str = "gambeson";
@@ -22,9 +19,6 @@ pub const ROUTE_PROTOCOL: u8 = 151;
 pub const PEER_ROUTE_METRIC: u32 = 1;
 /// Metric of the fail-closed `unreachable` routes: any other route wins over them.
 pub const FAIL_CLOSED_METRIC: u32 = u32::MAX;
-
-/// The loopback link.
-const LOOPBACK: &str = "lo";
 
 /// Everything this node's kernel should have of ours.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -140,49 +134,4 @@ pub struct Ruleset {
     pub trusted_links: BTreeSet<String>,
     /// Masquerade what leaves the cluster networks (`--ip-masq`).
     pub masquerade: bool,
-}
-
-impl Desired {
-    /// What this node should have: the guard, fail-closed routes and settings always, and
-    /// each peer through its transport once this node has a key and a pod CIDR.
-    pub fn new(mesh: &Mesh, local: &Local) -> Self {
-        let mut desired = Self {
-            routes: fail_closed(local),
-            sysctls: forwarding(local),
-            ruleset: Ruleset::new(local),
-            ..Self::default()
-        };
-        transport::wireguard::desire(mesh, local, &mut desired);
-        desired
-    }
-}
-
-impl Ruleset {
-    fn new(local: &Local) -> Self {
-        let devices = Session::all().map(|session| session.device().as_str().to_owned());
-        Self {
-            cluster_networks: local.cluster_networks.iter().map(IpNet::trunc).collect(),
-            // All four devices from the start, so that a rotation does not touch the guard.
-            trusted_links: devices.chain([local.bridge.clone(), LOOPBACK.to_owned()]).collect(),
-            masquerade: local.masquerade,
-        }
-    }
-}
-
-fn fail_closed(local: &Local) -> BTreeMap<RouteKey, Route> {
-    let unreachable = Route { next_hop: NextHop::Unreachable, mtu: None, source: None };
-    local
-        .cluster_networks
-        .iter()
-        .map(|network| RouteKey { destination: network.trunc(), metric: FAIL_CLOSED_METRIC })
-        .map(|key| (key, unreachable.clone()))
-        .collect()
-}
-
-fn forwarding(local: &Local) -> BTreeMap<Sysctl, String> {
-    let sysctl = |network: &IpNet| match network {
-        IpNet::V4(_) => Sysctl::Ipv4Forward,
-        IpNet::V6(_) => Sysctl::Ipv6Forward,
-    };
-    local.cluster_networks.iter().map(|network| (sysctl(network), "1".to_owned())).collect()
 }

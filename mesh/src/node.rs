@@ -15,11 +15,14 @@ use crate::session::SESSIONS;
 
 pub mod annotation;
 mod parse;
+mod refusal;
 #[cfg(test)]
 mod tests;
 
 pub use parse::pod_cidrs;
 pub(crate) use parse::{LARGEST_MTU, overlap, persistent_keepalive};
+pub use refusal::Refusal;
+pub(crate) use refusal::excerpt;
 
 /// Default prefix of the annotations that agents write.
 pub const DEFAULT_PREFIX: &str = "gambeson.io";
@@ -125,6 +128,8 @@ pub struct Node {
     pub mtu: Option<u32>,
     /// Persistent keepalive in seconds, when an operator set one.
     pub persistent_keepalive: Option<u16>,
+    /// Options that people set on it to something that cannot be used. They count as not set.
+    pub ignored: Vec<Refusal>,
 }
 
 impl Transport {

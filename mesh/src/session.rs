@@ -33,6 +33,11 @@ impl Session {
         Self(2 * (self.0 % 2) + self.0 / 2)
     }
 
+    /// Parity of the peer's generation: 0 or 1.
+    pub fn peer_parity(self) -> u8 {
+        self.0 % 2
+    }
+
     /// Name of the device that carries this session, `gambeson0` to `gambeson3`.
     pub fn device(self) -> DeviceName {
         DeviceName(self)
@@ -42,6 +47,12 @@ impl Session {
     pub fn port(self, base: u16) -> Option<u16> {
         base.checked_add(2 * u16::from(self.0))
     }
+
+    /// The base port of a node that uses `port` for this session, or `None` where no base
+    /// port gives that.
+    pub fn base_port(self, port: u16) -> Option<u16> {
+        port.checked_sub(2 * u16::from(self.0)).filter(|base| *base != 0)
+    }
 }
 
 /// Name of one of our network devices. There are only four, so no string can be wrong.
@@ -50,6 +61,11 @@ impl Session {
 pub struct DeviceName(Session);
 
 impl DeviceName {
+    /// The session that it carries.
+    pub fn session(self) -> Session {
+        self.0
+    }
+
     /// The device as the kernel names it.
     pub fn as_str(self) -> &'static str {
         ["gambeson0", "gambeson1", "gambeson2", "gambeson3"][usize::from(self.0.0 % SESSIONS)]
@@ -89,6 +105,9 @@ mod tests {
             let session = Session::between(own, peer);
             assert_eq!(session.device().as_str(), device);
             assert_eq!(session.port(51820), Some(51820 + offset));
+            assert_eq!(session.base_port(51820 + offset), Some(51820));
+            assert_eq!(session.device().session(), session);
+            assert_eq!(session.peer_parity(), peer.parity());
             assert_eq!(session.reversed(), Session::between(peer, own));
         }
     }
@@ -109,5 +128,6 @@ mod tests {
         let last = Session::between(Generation::new(1), Generation::new(1));
         assert_eq!(last.port(65529), Some(65535));
         assert_eq!(last.port(65530), None);
+        assert_eq!((last.base_port(7), last.base_port(6)), (Some(1), None));
     }
 }

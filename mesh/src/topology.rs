@@ -4,19 +4,19 @@
 //! send: the key decides who can read, and a node that leaves its address to a successor
 //! must not keep the successor out for as long as its Node object lingers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::NodeName;
-use crate::node::{Local, Node, NodeRecord, persistent_keepalive};
+use crate::node::{Local, Node, NodeRecord, Refusal, persistent_keepalive};
+use crate::observed::Observed;
 
 mod claims;
-mod refusal;
+mod recovered;
 #[cfg(test)]
 mod tests;
 
 use claims::Claims;
-pub use refusal::Refusal;
-pub(crate) use refusal::excerpt;
+use recovered::Recovered;
 
 /// The peers of this node, and the Nodes it refuses.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,6 +26,9 @@ pub struct Mesh {
     /// Nodes with something wrong. A peer that was good before stays in `peers` with its
     /// last good state, unless the pair has no way to talk.
     pub refused: BTreeMap<NodeName, Refusal>,
+    /// Options that people set on a Node, this one or another, and that cannot be used. They
+    /// count as not set and cost nothing else.
+    pub ignored: BTreeMap<NodeName, Vec<Refusal>>,
     /// Seconds between keepalives that an operator set on this node's own Node.
     pub persistent_keepalive: Option<u16>,
 }
@@ -70,6 +73,10 @@ pub fn plausible(
 #[derive(Debug, Default)]
 pub struct Topology {
     incumbents: BTreeMap<NodeName, Node>,
+    /// Peers that a former agent left in the devices, until the Nodes are known.
+    recovered: Vec<Recovered>,
+    /// Incumbents of whose generation only the parity is known.
+    parity_only: BTreeSet<NodeName>,
 }
 
 impl Topology {
@@ -78,12 +85,25 @@ impl Topology {
         Self::default()
     }
 
+    /// Takes in what an agent that starts finds in the kernel. The peers there are incumbents:
+    /// whoever holds a key or a pod CIDR keeps it over a restart.
+    pub fn recover(&mut self, observed: &Observed) {
+        self.recovered = recovered::recover(observed);
+    }
+
+    /// The peers that were found in the kernel, for as long as no Node is known.
+    pub fn recovered(&self) -> Mesh {
+        let peers = self.recovered.iter().map(Recovered::unnamed);
+        Mesh { peers: peers.map(|node| (node.name.clone(), node)).collect(), ..Mesh::default() }
+    }
+
     /// Resolves the complete set of Nodes. Nodes that are missing, or that were made again
     /// under another UID, are forgotten.
     ///
     /// Incumbents are served first. Between Nodes that were not known before, the one made
     /// first wins, then the one whose name sorts first.
     pub fn resolve(&mut self, local: &Local, records: &BTreeMap<NodeName, NodeRecord>) -> Mesh {
+        self.name_recovered(local, records);
         let mut mesh = Mesh::default();
         let mut resolution = self.keep(local, records);
         let (mut known, mut unknown) = (Vec::new(), Vec::new());
@@ -91,7 +111,7 @@ impl Topology {
             if *name == local.name {
                 match persistent_keepalive(record) {
                     Ok(seconds) => mesh.persistent_keepalive = seconds,
-                    Err(refusal) => _ = mesh.refused.insert(name.clone(), refusal),
+                    Err(problem) => _ = mesh.ignored.insert(name.clone(), vec![problem]),
                 }
                 continue;
             }
@@ -106,13 +126,26 @@ impl Topology {
         mesh.refused.extend(resolution.settle(unknown));
 
         self.incumbents = resolution.accepted;
+        self.parity_only = resolution.parity_only;
         for (name, node) in &self.incumbents {
+            if !node.ignored.is_empty() {
+                mesh.ignored.insert(name.clone(), node.ignored.clone());
+            }
             match unreachable(local, node) {
                 None => _ = mesh.peers.insert(name.clone(), node.clone()),
                 Some(refusal) => _ = mesh.refused.entry(name.clone()).or_insert(refusal),
             }
         }
         mesh
+    }
+
+    /// Finds the Nodes of the peers that were found in the kernel, once.
+    fn name_recovered(&mut self, local: &Local, records: &BTreeMap<NodeName, NodeRecord>) {
+        let recovered = std::mem::take(&mut self.recovered);
+        for (name, node) in recovered::incumbents(&recovered, local, records) {
+            self.parity_only.insert(name.clone());
+            self.incumbents.insert(name, node);
+        }
     }
 
     /// The incumbents that are still there and do not claim what this node itself has.
@@ -129,7 +162,8 @@ impl Topology {
                 accepted.insert(name, node);
             }
         }
-        Resolution { local, claims, accepted }
+        let parity_only = std::mem::take(&mut self.parity_only);
+        Resolution { local, claims, accepted, parity_only }
     }
 }
 
@@ -138,6 +172,7 @@ struct Resolution<'a> {
     local: &'a Local,
     claims: Claims<'a>,
     accepted: BTreeMap<NodeName, Node>,
+    parity_only: BTreeSet<NodeName>,
 }
 
 impl Resolution<'_> {
@@ -149,7 +184,9 @@ impl Resolution<'_> {
             (parsed, _) => parsed?,
         };
         match incumbent {
-            Some(known) if node.generation < known.generation => {
+            Some(known)
+                if node.generation < known.generation && !self.parity_only.contains(name) =>
+            {
                 Err(Refusal::GenerationBack { published: node.generation, known: known.generation })
             }
             _ => Ok(node),
@@ -164,7 +201,10 @@ impl Resolution<'_> {
             let before = candidates.len();
             for (name, node) in candidates {
                 match self.replace(name, &node) {
-                    Ok(()) => _ = self.accepted.insert(name.clone(), node),
+                    Ok(()) => {
+                        self.parity_only.remove(name);
+                        self.accepted.insert(name.clone(), node);
+                    }
                     Err(refusal) => {
                         refused.insert(name.clone(), refusal);
                         waiting.push((name, node));

@@ -11,6 +11,7 @@ use gambeson_mesh::node::{Endpoints, Local, NodeRecord, annotation, pod_cidrs};
 use gambeson_mesh::observed::Observed;
 use gambeson_mesh::plan::{Action, Plan};
 use gambeson_mesh::topology::{Mesh, Topology};
+use gambeson_mesh::transport;
 use ipnet::IpNet;
 use tokio::sync::watch;
 use tracing::{debug, info};
@@ -23,6 +24,9 @@ use crate::config::{Config, WireGuardMode};
 use crate::subnet_env::SubnetEnv;
 use crate::underlay::{self, Families, Underlay};
 
+/// What an agent waits for until the API server has answered it.
+const NO_LIST: &str = "the list of Nodes from the API server";
+
 /// Carries out passes, and keeps what must not be forgotten between them.
 #[derive(Debug)]
 pub(super) struct Reconciler {
@@ -32,6 +36,8 @@ pub(super) struct Reconciler {
     keys: Option<KeyRing>,
     implementation: Option<Implementation>,
     topology: Topology,
+    /// Whether the topology knows what a former agent left in the kernel.
+    recovered: bool,
     underlay: Option<Underlay>,
     pod_cidrs: Option<(String, BTreeSet<IpNet>)>,
     /// Whether a pass has gone through without anything an agent cannot start with.
@@ -70,10 +76,11 @@ pub(super) struct View {
 
 /// What a pass needs of the cluster and this host.
 struct Inputs {
-    node_uid: String,
+    /// `None` while the API server has not answered this agent: what a former one left in the
+    /// kernel and on disk is all there is.
+    own: Option<NodeRecord>,
     local: Local,
     underlay: Underlay,
-    mesh: Mesh,
 }
 
 impl Reconciler {
@@ -87,6 +94,7 @@ impl Reconciler {
             keys,
             implementation: None,
             topology: Topology::new(),
+            recovered: false,
             underlay: None,
             pod_cidrs: None,
             started: false,
@@ -109,8 +117,8 @@ impl Reconciler {
     pub(super) async fn close(&mut self) -> Result<Pass, AgentError> {
         let mut pass = Pass { ready: self.ready, ..Pass::default() };
         let local = self.local("", BTreeSet::new(), &Underlay::unknown());
-        let desired = Desired::new(&Mesh::default(), &local);
-        let observed = match self.kernel.observe().await {
+        let desired = transport::desired(&Mesh::default(), &local);
+        let observed = match self.observe().await {
             Err(error) if self.is_passing(&error) => {
                 pass.problems.push(chain(&error));
                 return Ok(pass);
@@ -148,7 +156,7 @@ impl Reconciler {
                 return Ok(pass);
             }
         };
-        let observed = match self.kernel.observe().await {
+        let observed = match self.observe().await {
             Err(error) if self.is_passing(&error) => {
                 pass.problems.push(chain(&error));
                 return Ok(pass);
@@ -157,7 +165,11 @@ impl Reconciler {
         };
         let implementation = self.implementation(&observed).await?;
         let local = Local { implementation, ..inputs.local };
-        let desired = Desired::new(&inputs.mesh, &local);
+        let mesh = match &inputs.own {
+            Some(_) => self.topology.resolve(&local, store.nodes().records()),
+            None => self.topology.recovered(),
+        };
+        let desired = transport::desired(&mesh, &local);
         let plan = Plan::new(&desired, &observed);
         self.check_foreign(&plan, &mut pass)?;
         self.check_ports(&desired, &observed)?;
@@ -165,8 +177,12 @@ impl Reconciler {
         let in_place = clean || is_in_place(&desired, &observed);
         self.started = true;
         self.hand_over(&local, in_place, &mut pass);
-        publish(publication, &local, self.ready);
-        let Inputs { node_uid, underlay, mesh, .. } = inputs;
+        match &inputs.own {
+            Some(_) => publish(publication, &local, self.ready),
+            None => pass.waiting = Some(NO_LIST.to_owned()),
+        }
+        let node_uid = inputs.own.map(|own| own.uid).unwrap_or_default();
+        let underlay = inputs.underlay;
         pass.view = Some(View { node_uid, local, underlay, mesh, desired, observed });
         Ok(pass)
     }
@@ -181,15 +197,19 @@ impl Reconciler {
         let own = {
             let nodes = store.nodes();
             match nodes.own() {
-                Some(own) => own.clone(),
+                Some(own) => Some(own.clone()),
                 None if nodes.listed() => {
                     return Ok(Err(format!(
                         "Node {node} to be registered (if it never will, give --node-name the \
                          name that `kubectl get nodes` shows)"
                     )));
                 }
-                None => return Ok(Err("the list of Nodes from the API server".to_owned())),
+                None => None,
             }
+        };
+        let Some(own) = own else {
+            let inputs = self.inputs_from_host(node, pass).await;
+            return Ok(inputs.ok_or_else(|| NO_LIST.to_owned()));
         };
         let cidrs = match self.pod_cidrs(&own, pass) {
             Ok(cidrs) => cidrs,
@@ -201,8 +221,32 @@ impl Reconciler {
         };
         self.ensure_key(&own, pass)?;
         let local = self.local(node, cidrs, &underlay);
-        let mesh = self.topology.resolve(&local, store.nodes().records());
-        Ok(Ok(Inputs { node_uid: own.uid, local, underlay, mesh }))
+        Ok(Ok(Inputs { own: Some(own), local, underlay }))
+    }
+
+    /// What there is to go on with while no Node is known: this node's key, the pod CIDRs that
+    /// it had, and the peers in its devices. `None` on a node that has not been in the mesh.
+    async fn inputs_from_host(&mut self, node: &NodeName, pass: &mut Pass) -> Option<Inputs> {
+        if self.keys.is_none() || self.topology.recovered().peers.is_empty() {
+            return None;
+        }
+        let env = SubnetEnv::read(&self.config.subnet_file).ok()?;
+        let networks = &self.config.cluster_networks;
+        let is_ours = |cidr: &IpNet| networks.iter().any(|network| network.contains(cidr));
+        let cidrs: BTreeSet<_> = env.subnets.iter().map(IpNet::trunc).filter(is_ours).collect();
+        let underlay = self.underlay(pass).await.ok().filter(|_| !cidrs.is_empty())?;
+        let local = self.local(node, cidrs, &underlay);
+        Some(Inputs { own: None, local, underlay })
+    }
+
+    /// Reads the kernel. At first sight, what a former agent left there is remembered.
+    async fn observe(&mut self) -> Result<Observed, ApplyError> {
+        let observed = self.kernel.observe().await?;
+        if !self.recovered {
+            self.topology.recover(&observed);
+            self.recovered = true;
+        }
+        Ok(observed)
     }
 
     /// This node's pod CIDRs, or those it had when they cannot be read any more.

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use gambeson_mesh::NodeName;
 use gambeson_mesh::desired::{Desired, Implementation, NextHop, PEER_ROUTE_METRIC, RouteKey};
-use gambeson_mesh::node::Node;
+use gambeson_mesh::node::{Node, Refusal};
 use gambeson_mesh::observed::ObservedPeer;
 use gambeson_mesh::session::DeviceName;
-use gambeson_mesh::topology::{Mesh, Refusal};
+use gambeson_mesh::topology::Mesh;
 use tracing::{debug, info, warn};
 
 use super::reconciler::{Pass, View};
@@ -32,6 +32,7 @@ pub(super) struct Reporter {
     events: Recorder,
     peers: BTreeSet<NodeName>,
     refused: BTreeMap<NodeName, Refusal>,
+    warnings: BTreeSet<String>,
     problems: BTreeSet<String>,
     waiting: Option<(String, Instant)>,
     ready: bool,
@@ -46,6 +47,7 @@ impl Reporter {
             events,
             peers: BTreeSet::new(),
             refused: BTreeMap::new(),
+            warnings: BTreeSet::new(),
             problems: BTreeSet::new(),
             waiting: None,
             ready: false,
@@ -84,6 +86,7 @@ impl Reporter {
         if let Some(view) = &pass.view {
             self.report_peers(&view.mesh);
             self.report_refused(&view.mesh, &view.node_uid);
+            self.report_warnings(&view.mesh);
         }
         if pass.ready && !self.ready {
             info!("ready");
@@ -165,6 +168,14 @@ impl Reporter {
         self.refused.clone_from(&mesh.refused);
     }
 
+    fn report_warnings(&mut self, mesh: &Mesh) {
+        let warnings: BTreeSet<String> = warnings(mesh).collect();
+        for warning in warnings.difference(&self.warnings) {
+            warn!("{warning}");
+        }
+        self.warnings = warnings;
+    }
+
     fn status(&self, pass: &Pass, troubles: &[String]) -> Status {
         let mut status = Status {
             guard: self.guard,
@@ -201,8 +212,15 @@ impl Reporter {
                 kept: mesh.peers.contains_key(name),
             })
             .collect();
+        status.warnings = warnings(mesh).collect();
         status
     }
+}
+
+fn warnings(mesh: &Mesh) -> impl Iterator<Item = String> {
+    mesh.ignored.iter().flat_map(|(name, problems)| {
+        problems.iter().map(move |problem| format!("Node {name}: {problem}; it counts as not set"))
+    })
 }
 
 /// What every Node goes through when it joins, and nobody has to look at.

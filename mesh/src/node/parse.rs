@@ -7,8 +7,10 @@ use std::str::FromStr;
 use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
-use super::{DEFAULT_PORT, Endpoints, Local, MAX_PORT, Node, NodeRecord, Transport, annotation};
-use crate::topology::{Refusal, excerpt};
+use super::{
+    DEFAULT_PORT, Endpoints, Local, MAX_PORT, Node, NodeRecord, Refusal, Transport, annotation,
+    excerpt,
+};
 
 /// Longest value that is looked at, in bytes. The longest valid one is a list of transports.
 const LONGEST: usize = 256;
@@ -32,6 +34,7 @@ impl Node {
         let public_key = values
             .public_key(annotation::PUBLIC_KEY)?
             .ok_or(Refusal::Missing { annotation: annotation::PUBLIC_KEY })?;
+        let mut ignored = Vec::new();
         let generation = values
             .number(annotation::KEY_GENERATION, "not a whole number from 0 to 2^64-1")?
             .map(Generation::new)
@@ -43,14 +46,23 @@ impl Node {
             generation,
             public_key,
             next_public_key: values.next_public_key(generation, public_key)?,
-            endpoints: values.endpoints(&local.cluster_networks)?,
+            endpoints: values.endpoints(&local.cluster_networks, &mut ignored)?,
             port: values.port()?,
             transports: values.transports()?,
             mtu: values.mtu()?,
-            persistent_keepalive: persistent_keepalive(record)?,
+            persistent_keepalive: option(persistent_keepalive(record), &mut ignored),
             pod_cidrs: pod_cidrs(record, &local.cluster_networks)?,
+            ignored,
         })
     }
+}
+
+/// What an operator set, or nothing when it cannot be used: a typing error costs the option.
+fn option<T>(value: Result<Option<T>, Refusal>, ignored: &mut Vec<Refusal>) -> Option<T> {
+    value.unwrap_or_else(|problem| {
+        ignored.push(problem);
+        None
+    })
 }
 
 /// Seconds between keepalives that an operator set on a Node.
@@ -178,14 +190,18 @@ impl<'a> Values<'a> {
     }
 
     /// An operator's endpoint wins over the published one of its family; both are checked.
-    fn endpoints(&self, cluster_networks: &BTreeSet<IpNet>) -> Result<Endpoints, Refusal> {
+    fn endpoints(
+        &self,
+        cluster_networks: &BTreeSet<IpNet>,
+        ignored: &mut Vec<Refusal>,
+    ) -> Result<Endpoints, Refusal> {
         let v4 = |name| self.endpoint(name, cluster_networks, problem_v4);
         let v6 = |name| self.endpoint(name, cluster_networks, problem_v6);
         let (published_v4, published_v6) =
             (v4(annotation::ENDPOINT)?, v6(annotation::ENDPOINT_V6)?);
         let endpoints = Endpoints {
-            v4: v4(annotation::CONFIG_ENDPOINT)?.or(published_v4),
-            v6: v6(annotation::CONFIG_ENDPOINT_V6)?.or(published_v6),
+            v4: option(v4(annotation::CONFIG_ENDPOINT), ignored).or(published_v4),
+            v6: option(v6(annotation::CONFIG_ENDPOINT_V6), ignored).or(published_v6),
         };
         if endpoints == Endpoints::default() { Err(Refusal::NoEndpoint) } else { Ok(endpoints) }
     }

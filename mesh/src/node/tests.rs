@@ -1,6 +1,5 @@
 use super::*;
 use crate::fixtures::{key, local, net, record};
-use crate::topology::Refusal;
 
 /// Node 2 as node 1 reads it, with one annotation changed or taken away.
 fn with(name: &str, value: Option<&str>) -> Result<Node, Refusal> {
@@ -18,9 +17,17 @@ fn with_cidrs(cidrs: &[&str]) -> Result<Node, Refusal> {
     Node::parse(&record, &local(1, 0))
 }
 
-/// The message of a refusal, which has to name the annotation.
+/// The message of a refusal, which has to name the annotation. Of an option that people set,
+/// it is no refusal: the option counts as not set.
 fn refused(name: &str, value: &str) -> String {
-    let message = with(name, Some(value)).expect_err(value).to_string();
+    let message = if name.starts_with(annotation::CONFIG) {
+        let mut node = with(name, Some(value)).unwrap();
+        let problem = node.ignored.pop().expect(value);
+        assert_eq!(node, with(name, None).unwrap());
+        problem.to_string()
+    } else {
+        with(name, Some(value)).expect_err(value).to_string()
+    };
     assert!(message.contains(&format!("annotation {name} ")), "{message}");
     assert!(message.len() < 500, "{message}");
     message

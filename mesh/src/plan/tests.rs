@@ -8,11 +8,12 @@ use crate::node::{Local, NodeRecord};
 use crate::observed::ObservedLink;
 use crate::sim;
 use crate::topology::Topology;
+use crate::transport;
 
 mod model;
 
 fn desired(local: &Local, others: &[NodeRecord]) -> Desired {
-    Desired::new(&Topology::new().resolve(local, &records(others)), local)
+    transport::desired(&Topology::new().resolve(local, &records(others)), local)
 }
 
 /// The desired state of node 1 in a mesh of three, and the kernel that has it.
@@ -142,7 +143,7 @@ fn a_dead_tunnel_is_replaced_but_an_unreadable_kernel_device_is_set_again() {
     assert!(matches!(&actions[..], [Action::ConfigureWireGuard { .. }]), "{actions:?}");
 
     let userspace = Local { implementation: Implementation::Userspace, ..local(1, 0) };
-    let desired = Desired::new(&crate::topology::Mesh::default(), &userspace);
+    let desired = transport::desired(&crate::topology::Mesh::default(), &userspace);
     let mut observed = Observed::default();
     sim::apply(&Plan::new(&desired, &observed), &desired, &mut observed);
     observed.links.get_mut(&device(0)).unwrap().wireguard = None;

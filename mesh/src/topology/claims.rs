@@ -6,9 +6,8 @@ use std::net::IpAddr;
 use gambeson_keys::PublicKey;
 use ipnet::IpNet;
 
-use super::{Refusal, excerpt};
 use crate::NodeName;
-use crate::node::{Local, Node, annotation, overlap};
+use crate::node::{Local, Node, Refusal, annotation, excerpt, overlap};
 
 /// Keys and subnets with one owner each. Subnets in it never overlap, so that the only one
 /// that can overlap a prefix is the last that starts at or before the prefix's end.

@@ -2,6 +2,7 @@ use super::*;
 use crate::fixtures::{key, local, net, record, records};
 
 mod hostile;
+mod restart;
 
 fn resolve(topology: &mut Topology, nodes: &[NodeRecord]) -> Mesh {
     topology.resolve(&local(1, 0), &records(nodes))
@@ -267,7 +268,8 @@ fn our_own_node_gives_a_keepalive_or_a_reason() {
     let mesh = resolve(&mut Topology::new(), &[own, record(&local(2, 0))]);
     assert_eq!(mesh.persistent_keepalive, None);
     assert_eq!(names(&mesh), ["node-2"]);
-    assert!(mesh.refused.contains_key("node-1"));
+    assert!(mesh.ignored.contains_key("node-1"));
+    assert_eq!(mesh.refused, BTreeMap::new());
 }
 
 // Fault 5.

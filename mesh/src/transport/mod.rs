@@ -1,3 +1,56 @@
-//! A transport is one pure file: `Mesh -> Desired`.
+//! `Mesh + Local -> Desired`. A transport is one pure file; here they come together.
 
-pub mod wireguard;
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+
+use crate::desired::{Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteKey, Ruleset, Sysctl};
+use crate::node::Local;
+use crate::session::Session;
+use crate::topology::Mesh;
+
+mod wireguard;
+
+/// The loopback link.
+const LOOPBACK: &str = "lo";
+
+/// What this node should have: the guard, fail-closed routes and settings always, and each
+/// peer through its transport once this node has a key and a pod CIDR.
+pub fn desired(mesh: &Mesh, local: &Local) -> Desired {
+    let mut desired = Desired {
+        routes: fail_closed(local),
+        sysctls: forwarding(local),
+        ruleset: ruleset(local),
+        ..Desired::default()
+    };
+    wireguard::desire(mesh, local, &mut desired);
+    desired
+}
+
+fn ruleset(local: &Local) -> Ruleset {
+    let devices = Session::all().map(|session| session.device().as_str().to_owned());
+    Ruleset {
+        cluster_networks: local.cluster_networks.iter().map(IpNet::trunc).collect(),
+        // All four devices from the start, so that a rotation does not touch the guard.
+        trusted_links: devices.chain([local.bridge.clone(), LOOPBACK.to_owned()]).collect(),
+        masquerade: local.masquerade,
+    }
+}
+
+fn fail_closed(local: &Local) -> BTreeMap<RouteKey, Route> {
+    let unreachable = Route { next_hop: NextHop::Unreachable, mtu: None, source: None };
+    local
+        .cluster_networks
+        .iter()
+        .map(|network| RouteKey { destination: network.trunc(), metric: FAIL_CLOSED_METRIC })
+        .map(|key| (key, unreachable.clone()))
+        .collect()
+}
+
+fn forwarding(local: &Local) -> BTreeMap<Sysctl, String> {
+    let sysctl = |network: &IpNet| match network {
+        IpNet::V4(_) => Sysctl::Ipv4Forward,
+        IpNet::V6(_) => Sysctl::Ipv6Forward,
+    };
+    local.cluster_networks.iter().map(|network| (sysctl(network), "1".to_owned())).collect()
+}

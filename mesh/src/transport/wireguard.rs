@@ -25,7 +25,7 @@ const LOOSE: &str = "2";
 
 /// Adds the devices, peers and routes of every peer that is reached over WireGuard. A node
 /// without peers still gets a device, so that it is ready for the first.
-pub fn desire(mesh: &Mesh, local: &Local, desired: &mut Desired) {
+pub(super) fn desire(mesh: &Mesh, local: &Local, desired: &mut Desired) {
     let Some((current, _)) = local.current_key().filter(|_| !local.pod_cidrs.is_empty()) else {
         return;
     };

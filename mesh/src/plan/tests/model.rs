@@ -9,6 +9,7 @@ use crate::desired::Sysctl;
 use crate::observed::{ObservedPeer, ObservedWireGuard};
 use crate::session::Session;
 use crate::topology::Mesh;
+use crate::transport;
 
 fn any_device() -> impl Strategy<Value = DeviceName> {
     (0_u8..4).prop_map(device)
@@ -148,7 +149,7 @@ fn any_desired() -> impl Strategy<Value = Desired> {
             let others: Vec<_> = others.collect();
             let mut mesh = Topology::new().resolve(&own, &records(&others));
             mesh.persistent_keepalive = persistent_keepalive;
-            Desired::new(&mesh, &own)
+            transport::desired(&mesh, &own)
         })
 }
 
@@ -267,7 +268,7 @@ proptest! {
     #[test]
     fn a_node_without_pod_cidr_has_a_guard_and_no_device(before in any_observed()) {
         let own = Local { pod_cidrs: BTreeSet::new(), ..local(1, 0) };
-        let desired = Desired::new(&Mesh::default(), &own);
+        let desired = transport::desired(&Mesh::default(), &own);
         prop_assert!(desired.devices.is_empty());
         prop_assert_eq!(desired.routes.len(), 2);
         let mut after = before.clone();

@@ -4,9 +4,9 @@ use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 
 use super::*;
-use crate::desired::Desired;
 use crate::observed::Observed;
 use crate::plan::Plan;
+use crate::transport;
 
 /// Half right and half anything, so that the checks behind the first are reached too.
 fn any_value() -> impl Strategy<Value = String> {
@@ -73,7 +73,7 @@ proptest! {
                 prop_assert!(message.len() < 2_000);
                 prop_assert!(!message.chars().any(char::is_control));
             }
-            let desired = Desired::new(&mesh, &own);
+            let desired = transport::desired(&mesh, &own);
             for device in desired.devices.values() {
                 let mut owned = std::collections::BTreeSet::new();
                 for prefix in device.peers.values().flat_map(|peer| &peer.allowed_ips) {

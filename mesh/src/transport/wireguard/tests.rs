@@ -5,9 +5,10 @@ use crate::desired::{FAIL_CLOSED_METRIC, Implementation};
 use crate::fixtures::{key, local, net, record, records};
 use crate::node::NodeRecord;
 use crate::topology::Topology;
+use crate::transport;
 
 fn desired(local: &Local, others: &[NodeRecord]) -> Desired {
-    Desired::new(&Topology::new().resolve(local, &records(others)), local)
+    transport::desired(&Topology::new().resolve(local, &records(others)), local)
 }
 
 fn device_name(number: u8) -> DeviceName {

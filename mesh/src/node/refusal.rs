@@ -4,8 +4,8 @@ use std::net::IpAddr;
 use gambeson_keys::{Generation, PublicKeyError};
 use ipnet::IpNet;
 
+use super::{Transport, annotation};
 use crate::NodeName;
-use crate::node::{Transport, annotation};
 
 /// Longest part of an outside value that a message shows, in characters.
 const SHOWN: usize = 64;
@@ -104,7 +104,7 @@ impl Refusal {
         matches!(self, Self::NoKey | Self::NoPodCidr)
     }
 
-    pub(super) fn no_common_transport(
+    pub(crate) fn no_common_transport(
         theirs: &BTreeSet<Transport>,
         ours: &BTreeSet<Transport>,
     ) -> Self {

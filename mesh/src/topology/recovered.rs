@@ -1,0 +1,187 @@
+//! `Observed -> [Recovered] -> incumbents`: what an agent that starts finds in the devices
+//! that another one left behind. The kernel is the memory, so that a restart changes no claim.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use gambeson_keys::{Generation, PublicKey};
+use ipnet::IpNet;
+
+use crate::NodeName;
+use crate::desired::{NextHop, PEER_ROUTE_METRIC, RouteKey};
+use crate::node::{DEFAULT_PORT, Endpoints, Local, Node, NodeRecord, Transport};
+use crate::node::{annotation, pod_cidrs};
+use crate::observed::{Observed, ObservedPeer};
+use crate::session::Session;
+
+/// Longest text that is tried as a key or an address, in bytes.
+const LONGEST: usize = 64;
+
+/// A peer as a device carries it. Which Node it is, the kernel does not know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Recovered {
+    public_key: PublicKey,
+    session: Session,
+    pod_cidrs: BTreeSet<IpNet>,
+    endpoint: SocketAddr,
+    persistent_keepalive: Option<u16>,
+    /// Of its routes, in bytes.
+    mtu: Option<u32>,
+}
+
+/// Every peer of our devices. Of two that have the same prefixes, the one that packets go to.
+pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
+    let mut found: BTreeMap<BTreeSet<IpNet>, (bool, Recovered)> = BTreeMap::new();
+    for (device, link) in observed.links.iter().filter(|(_, link)| link.ours) {
+        let peers = link.wireguard.iter().flat_map(|wireguard| &wireguard.peers);
+        for (key, peer) in peers.filter(|(_, peer)| !peer.allowed_ips.is_empty()) {
+            let Some(endpoint) = peer.endpoint else { continue };
+            let routes: Vec<_> = routes(observed, peer).collect();
+            let used = routes.iter().any(|route| route.next_hop == NextHop::Device(*device));
+            let recovered = Recovered {
+                public_key: *key,
+                session: device.session(),
+                pod_cidrs: peer.allowed_ips.clone(),
+                endpoint,
+                persistent_keepalive: peer.persistent_keepalive,
+                mtu: routes.iter().filter_map(|route| route.mtu).min(),
+            };
+            let known = found.get(&peer.allowed_ips);
+            if known.is_none_or(|(known_used, _)| used && !known_used) {
+                found.insert(peer.allowed_ips.clone(), (used, recovered));
+            }
+        }
+    }
+    found.into_values().map(|(_, recovered)| recovered).collect()
+}
+
+fn routes<'a>(
+    observed: &'a Observed,
+    peer: &'a ObservedPeer,
+) -> impl Iterator<Item = &'a crate::desired::Route> {
+    let key =
+        |destination: &IpNet| RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };
+    peer.allowed_ips.iter().filter_map(move |destination| observed.routes.get(&key(destination)))
+}
+
+/// Finds the Node of each recovered peer: by its pod CIDRs, which nobody but the control plane
+/// assigns, then by its key, then by its endpoint; between equals the Node made first. The
+/// best fit of all is served first, and each Node is one peer.
+pub(super) fn incumbents(
+    recovered: &[Recovered],
+    local: &Local,
+    records: &BTreeMap<NodeName, NodeRecord>,
+) -> BTreeMap<NodeName, Node> {
+    let claimants: Vec<_> = records
+        .values()
+        .filter(|record| record.name != local.name)
+        .map(|record| Claimant::new(record, local))
+        .collect();
+    let mut fits = fits(recovered, &claimants);
+    fits.sort();
+    let mut incumbents = BTreeMap::new();
+    let mut served = BTreeSet::new();
+    for fit in fits {
+        let record = claimants[fit.claimant].record;
+        if !served.contains(&fit.recovered) && !incumbents.contains_key(&record.name) {
+            served.insert(fit.recovered);
+            incumbents.insert(record.name.clone(), recovered[fit.recovered].node(record));
+        }
+    }
+    incumbents
+}
+
+/// What of a Node's record may tell that it is a recovered peer.
+struct Claimant<'a> {
+    record: &'a NodeRecord,
+    pod_cidrs: BTreeSet<IpNet>,
+    keys: BTreeSet<PublicKey>,
+    endpoints: BTreeSet<IpAddr>,
+}
+
+impl<'a> Claimant<'a> {
+    fn new(record: &'a NodeRecord, local: &Local) -> Self {
+        let text = |name| record.annotations.get(name).filter(|text| text.len() <= LONGEST);
+        let keys = [annotation::PUBLIC_KEY, annotation::NEXT_PUBLIC_KEY];
+        let endpoints = [annotation::ENDPOINT, annotation::ENDPOINT_V6];
+        Self {
+            record,
+            pod_cidrs: pod_cidrs(record, &local.cluster_networks).unwrap_or_default(),
+            keys: keys.into_iter().filter_map(|name| text(name)?.parse().ok()).collect(),
+            endpoints: endpoints.into_iter().filter_map(|name| text(name)?.parse().ok()).collect(),
+        }
+    }
+}
+
+/// How well a Node fits a recovered peer. The best sorts first.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Fit<'a> {
+    by: Reverse<(bool, bool, bool)>,
+    created: i64,
+    name: &'a str,
+    recovered: usize,
+    claimant: usize,
+}
+
+fn fits<'a>(recovered: &[Recovered], claimants: &[Claimant<'a>]) -> Vec<Fit<'a>> {
+    let (mut by_cidr, mut by_key) = (BTreeMap::new(), BTreeMap::new());
+    for (index, peer) in recovered.iter().enumerate() {
+        by_cidr.extend(peer.pod_cidrs.iter().map(|cidr| (*cidr, index)));
+        by_key.insert(peer.public_key, index);
+    }
+    let mut fits = Vec::new();
+    for (claimant, Claimant { record, pod_cidrs, keys, endpoints }) in claimants.iter().enumerate()
+    {
+        let by_cidr = pod_cidrs.iter().filter_map(|cidr| by_cidr.get(cidr));
+        let by_key = keys.iter().filter_map(|key| by_key.get(key));
+        let candidates: BTreeSet<usize> = by_cidr.chain(by_key).copied().collect();
+        fits.extend(candidates.into_iter().map(|index| {
+            let peer = &recovered[index];
+            Fit {
+                by: Reverse((
+                    !peer.pod_cidrs.is_disjoint(pod_cidrs),
+                    keys.contains(&peer.public_key),
+                    endpoints.contains(&peer.endpoint.ip()),
+                )),
+                created: record.created,
+                name: &record.name,
+                recovered: index,
+                claimant,
+            }
+        }));
+    }
+    fits
+}
+
+impl Recovered {
+    /// As long as no Node tells more: named by its prefixes, which no Node can be.
+    pub(super) fn unnamed(&self) -> Node {
+        let cidrs: Vec<_> = self.pod_cidrs.iter().map(IpNet::to_string).collect();
+        self.node(&NodeRecord { name: format!("({})", cidrs.join(", ")), ..NodeRecord::default() })
+    }
+
+    fn node(&self, record: &NodeRecord) -> Node {
+        let (endpoint, port) = (self.endpoint.ip(), self.endpoint.port());
+        let endpoints = match endpoint {
+            IpAddr::V4(v4) => Endpoints { v4: Some(v4), v6: None },
+            IpAddr::V6(v6) => Endpoints { v4: None, v6: Some(v6) },
+        };
+        Node {
+            name: record.name.clone(),
+            uid: record.uid.clone(),
+            created: record.created,
+            pod_cidrs: self.pod_cidrs.clone(),
+            // Of the generation, the device tells the parity.
+            generation: Generation::new(self.session.peer_parity().into()),
+            public_key: self.public_key,
+            next_public_key: None,
+            endpoints,
+            port: self.session.reversed().base_port(port).unwrap_or(DEFAULT_PORT),
+            transports: BTreeSet::from([Transport::Wireguard]),
+            mtu: self.mtu,
+            persistent_keepalive: self.persistent_keepalive,
+            ignored: Vec::new(),
+        }
+    }
+}
