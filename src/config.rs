@@ -370,6 +370,9 @@ fn cluster_networks(given: &[String]) -> Result<BTreeSet<IpNet>, ConfigError> {
         if network.prefix_len() == 0 {
             return Err(invalid(OPTION, format!("{text} is every address"), REMEDY));
         }
+        if let Some(what) = never_for_pods(&network) {
+            return Err(invalid(OPTION, format!("{text} overlaps {what}"), REMEDY));
+        }
         if network.trunc() != network {
             let problem = format!("{text} has host bits set, the network is {}", network.trunc());
             return Err(invalid(OPTION, problem, REMEDY));
@@ -385,6 +388,23 @@ fn cluster_networks(given: &[String]) -> Result<BTreeSet<IpNet>, ConfigError> {
         return Err(invalid(OPTION, "more than one network of a family".to_owned(), REMEDY));
     }
     Ok(networks)
+}
+
+/// Addresses that mean something else on every host, if the network has any.
+fn never_for_pods(network: &IpNet) -> Option<&'static str> {
+    let reserved = [
+        ("0.0.0.0/8", "the unspecified addresses (0.0.0.0/8)"),
+        ("127.0.0.0/8", "the loopback network (127.0.0.0/8)"),
+        ("169.254.0.0/16", "the link-local network (169.254.0.0/16)"),
+        ("224.0.0.0/3", "multicast and reserved addresses (224.0.0.0/3)"),
+        ("::/127", "the loopback address (::1)"),
+        ("fe80::/10", "the link-local network (fe80::/10)"),
+        ("ff00::/8", "multicast addresses (ff00::/8)"),
+    ];
+    let overlaps = |text: &str| {
+        text.parse().is_ok_and(|other: IpNet| network.contains(&other) || other.contains(network))
+    };
+    reserved.into_iter().find(|(text, _)| overlaps(text)).map(|(_, what)| what)
 }
 
 fn transports(given: &[String]) -> Result<BTreeSet<Transport>, ConfigError> {
@@ -500,6 +520,12 @@ mod tests {
             (&["--cluster-cidr=10.244.0.0/33"][..], "--cluster-cidr: \"10.244.0.0/33\""),
             (&["--cluster-cidr=10.244.0.1/16"], "the network is 10.244.0.0/16"),
             (&["--cluster-cidr=0.0.0.0/0"], "every address"),
+            (&["--cluster-cidr=127.1.0.0/16"], "127.1.0.0/16 overlaps the loopback network"),
+            (&["--cluster-cidr=168.0.0.0/6"], "the link-local network (169.254.0.0/16)"),
+            (&["--cluster-cidr=239.0.0.0/8"], "multicast and reserved addresses"),
+            (&["--cluster-cidr=fe80::/64"], "the link-local network (fe80::/10)"),
+            (&["--cluster-cidr=ff05::/16"], "multicast addresses"),
+            (&["--cluster-cidr=::/64"], "the loopback address (::1)"),
             (&["--cluster-cidr=10.0.0.0/16,10.1.0.0/16"], "more than one network of a family"),
             (&["--cluster-cidr="], "--cluster-cidr: not given"),
             (&["--port=65530"], "--port: 65530"),

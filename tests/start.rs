@@ -2,7 +2,7 @@
 //! that have to wait say for what.
 
 use std::fs::{self, Permissions};
-use std::net::UdpSocket;
+use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -26,9 +26,12 @@ fn agent(node: Node<'_>, wrapper: &[&str], arguments: &[&str]) -> Output {
     let name = format!("NODE_NAME={}", node.name());
     let mut command = vec!["timeout", "20", "env", &name];
     command.extend(wrapper);
-    command.extend([GAMBESON, "agent", "--kubeconfig", "/run/gambeson/kubeconfig"]);
-    command.extend(["--cni-conf-dir", "/run/cni/net.d", "--iface", "eth0"]);
-    for (option, value) in [("--cluster-cidr", "10.244.0.0/16"), ("--wireguard", "userspace")] {
+    command.extend([GAMBESON, "agent", "--cni-conf-dir", "/run/cni/net.d", "--iface", "eth0"]);
+    for (option, value) in [
+        ("--kubeconfig", "/run/gambeson/kubeconfig"),
+        ("--cluster-cidr", "10.244.0.0/16"),
+        ("--wireguard", "userspace"),
+    ] {
         if !arguments.contains(&option) {
             command.extend([option, value]);
         }
@@ -262,6 +265,75 @@ fn an_api_server_that_is_not_there_is_waited_for() {
     eventually(node, "says so", || (log.count("following the Nodes") == 1).then_some(()));
     assert_eq!(log.count("cannot follow the Nodes"), 1, "{}", node.agent_log().unwrap());
     assert!(answers(pod, other));
+}
+
+/// What stops packets in clear.
+fn walls(node: Node<'_>) -> String {
+    shell(node, "nft list ruleset; ip route show type unreachable")
+}
+
+#[test]
+fn a_start_that_fails_leaves_nothing_open() {
+    let lab = lab();
+    let node = lab.node("node-1").unwrap();
+    let key_file = node.host_path(Path::new(KEY_FILE));
+    fs::create_dir_all(key_file.parent().unwrap()).unwrap();
+    set_mode(key_file.parent().unwrap(), 0o700);
+    let bad_socket = ["--socket", "/proc/none/agent.sock"];
+    let health = node.netns().run(|| TcpListener::bind("127.0.0.1:9480")).unwrap().unwrap();
+    for (what, code, arguments) in [
+        ("a taken health port", 1, &[][..]),
+        ("a missing kubeconfig", 1, &["--kubeconfig", "/nonexistent"]),
+        ("no place for the socket", 1, &bad_socket),
+        ("a corrupt key file", 3, &[]),
+    ] {
+        if code == 3 {
+            fs::write(&key_file, "{").unwrap();
+        }
+        // As after a reboot.
+        shell(node, "nft flush ruleset; ip route flush proto 151");
+        assert_ended(&agent(node, &[], arguments), code, &[]);
+        let walls = walls(node);
+        assert_eq!(walls.matches(" drop").count(), 2, "{what}: {walls}");
+        assert!(walls.contains("unreachable 10.244.0.0/16"), "{what}: {walls}");
+    }
+    drop(health);
+}
+
+#[test]
+fn cluster_networks_that_this_host_uses_are_refused_before_anything_is_touched() {
+    let lab = lab();
+    let node = lab.node("node-1").unwrap();
+    shell(node, "ip link add up0 type bridge; ip link set up0 up");
+    shell(node, "ip address add 172.30.1.1/32 peer 172.30.2.0/24 dev up0");
+    for (network, names) in [
+        ("192.168.0.0/16", "192.168.240.1/24 of eth0"),
+        ("192.168.240.128/25", "192.168.240.1/24 of eth0"),
+        ("172.30.2.128/25", "the connected route 172.30.2.0/24 of up0"),
+    ] {
+        assert_ended(&agent(node, &[], &["--cluster-cidr", network]), 2, &[network, names]);
+    }
+    let server = ["--cluster-cidr", "198.51.100.0/24", "--kubeconfig", "/run/elsewhere"];
+    let edit = "sed 's#server: .*#server: https://198.51.100.7:6443#' /run/gambeson/kubeconfig";
+    shell(node, &format!("{edit} > /run/elsewhere"));
+    let says = ["198.51.100.0/24", "the API server's address 198.51.100.7"];
+    assert_ended(&agent(node, &[], &server), 2, &says);
+    let touched = walls(node);
+    assert!(!touched.contains("drop") && !touched.contains("unreachable"), "{touched}");
+}
+
+#[test]
+fn a_network_that_the_host_gets_later_is_said_and_what_works_is_kept() {
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let (pod, other) = (lab.pod("pod-1-1").unwrap(), address(&lab, "pod-2-1"));
+    shell(node, "ip address add 10.244.99.1/24 dev eth0");
+    let status = status_when(node, "says so", |status| !status.errors.is_empty());
+    let says = "cluster network 10.244.0.0/16 overlaps address 10.244.99.1/24 of eth0";
+    assert!(status.errors[0].contains(says), "{status}");
+    assert!(status.ready && answers(pod, other));
+    shell(node, "ip address delete 10.244.99.1/24 dev eth0");
+    status_when(node, "is content again", |status| status.errors.is_empty());
 }
 
 #[test]

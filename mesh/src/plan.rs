@@ -16,7 +16,7 @@ use std::net::SocketAddr;
 use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
-use crate::desired::{Desired, Implementation, Route, RouteKey, Ruleset, Sysctl};
+use crate::desired::{Desired, Implementation, NextHop, Route, RouteKey, Ruleset, Sysctl};
 use crate::observed::Observed;
 use crate::session::DeviceName;
 
@@ -92,6 +92,15 @@ impl Plan {
     /// What must change for `observed` to become `desired`.
     pub fn new(desired: &Desired, observed: &Observed) -> Self {
         diff::plan(desired, observed)
+    }
+
+    /// The guard and the fail-closed routes alone, whatever the kernel has.
+    pub fn fail_closed(desired: &Desired) -> Self {
+        let mut actions = vec![Action::SetRuleset(desired.ruleset.clone())];
+        let routes = desired.routes.iter();
+        let closed = routes.filter(|(_, route)| route.next_hop == NextHop::Unreachable);
+        actions.extend(closed.map(|(key, route)| Action::PutRoute(*key, route.clone())));
+        Self { actions, foreign: BTreeSet::new() }
     }
 
     /// Whether nothing is left to do.

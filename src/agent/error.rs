@@ -16,6 +16,12 @@ pub enum AgentError {
     /// An option has a value that cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A cluster network is not the pods' alone.
+    #[error(
+        "--cluster-cidr: {0}; the guard would cut this node off, so nothing was touched; give \
+         the cluster's pod networks, which no host may use"
+    )]
+    Overlap(String),
     /// The key store was refused.
     #[error(transparent)]
     Keys(#[from] KeyStoreError),
@@ -90,7 +96,7 @@ impl AgentError {
     /// The exit code that tells what kind of help is needed.
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Config(_) => Exit::Usage,
+            Self::Config(_) | Self::Overlap(_) => Exit::Usage,
             Self::Keys(_) => Exit::KeyStore,
             Self::Kernel(error) => error.exit().unwrap_or(Exit::Failure),
             Self::NoNetAdmin => Exit::NoPermission,

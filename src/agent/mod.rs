@@ -6,6 +6,7 @@
 //! the next agent goes on from them.
 
 mod error;
+mod overlap;
 mod pacer;
 mod preflight;
 mod reconciler;
@@ -55,16 +56,21 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     tokio::pin!(shutdown);
     let config = options.validate()?;
     preflight::net_admin()?;
-    let mut reconciler = Reconciler::new(config.clone(), Kernel::connect().await?)?;
-    let kernel_events = Events::subscribe()?;
     let connector = Connector::new(config.kubeconfig.clone());
+    check_networks(&config, &connector).await?;
+    info!(version = env!("CARGO_PKG_VERSION"), "starting");
+    // The guard comes first, and everything that can fail after it: also a start that fails
+    // leaves nothing open.
+    let mut reconciler = Reconciler::new(config.clone(), Kernel::connect().await?);
+    reconciler.shut().await?;
+    reconciler.load_keys()?;
+    let kernel_events = Events::subscribe()?;
     connector.client().await?;
     let socket = status::bind(&config.socket).await?;
     let healthz = match config.healthz {
         Some(address) => Some(http::bind(address).await?),
         None => None,
     };
-    info!(version = env!("CARGO_PKG_VERSION"), "starting");
     // Before anything is known of the cluster, and before its API server answers.
     reconciler.close().await?;
     let node = tokio::select! {
@@ -103,6 +109,19 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         info!("ending; devices, routes and the guard stay as they are");
     }
     ended
+}
+
+/// Refuses cluster networks that would cut this node off from what it lives on.
+async fn check_networks(config: &Config, connector: &Connector) -> Result<(), AgentError> {
+    let networks = &config.cluster_networks;
+    let overlap = match overlap::with_host(networks, &config.bridge).await? {
+        Some(overlap) => Some(overlap),
+        None => {
+            let server = connector.server_address().await;
+            server.and_then(|server| overlap::with_server(networks, server))
+        }
+    };
+    overlap.map_or(Ok(()), |overlap| Err(AgentError::Overlap(overlap.to_string())))
 }
 
 /// Waits until it is known which Node this is.

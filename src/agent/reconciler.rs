@@ -14,9 +14,9 @@ use gambeson_mesh::topology::{Mesh, Topology};
 use gambeson_mesh::transport;
 use ipnet::IpNet;
 use tokio::sync::watch;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
-use super::{AgentError, preflight};
+use super::{AgentError, overlap, preflight};
 use crate::apply::{ApplyError, Kernel};
 use crate::cluster::{NodeStore, Publication};
 use crate::cni::install::write_conflist;
@@ -84,14 +84,13 @@ struct Inputs {
 }
 
 impl Reconciler {
-    pub(super) fn new(config: Config, kernel: Kernel) -> Result<Self, AgentError> {
+    pub(super) fn new(config: Config, kernel: Kernel) -> Self {
         let key_store = KeyStore::at(&config.key_file);
-        let keys = key_store.load()?;
-        Ok(Self {
+        Self {
             config,
             kernel,
             key_store,
-            keys,
+            keys: None,
             implementation: None,
             topology: Topology::new(),
             recovered: false,
@@ -99,7 +98,26 @@ impl Reconciler {
             pod_cidrs: None,
             started: false,
             ready: false,
-        })
+        }
+    }
+
+    /// Installs the guard and the fail-closed routes, whatever is there: nothing is read, and
+    /// nothing needed but the cluster networks.
+    pub(super) async fn shut(&mut self) -> Result<(), AgentError> {
+        let local = self.local("", BTreeSet::new(), &Underlay::unknown());
+        let desired = transport::desired(&Mesh::default(), &local);
+        let mut pass = Pass::default();
+        self.execute(&Plan::fail_closed(&desired), &mut pass).await?;
+        for problem in pass.problems {
+            warn!(error = problem, "not closed yet, will be tried again");
+        }
+        Ok(())
+    }
+
+    /// Reads the keys of this node, if it has any yet.
+    pub(super) fn load_keys(&mut self) -> Result<(), AgentError> {
+        self.keys = self.key_store.load()?;
+        Ok(())
     }
 
     /// Packets that the guard stopped, if it can be asked.
@@ -177,6 +195,7 @@ impl Reconciler {
         let in_place = clean || is_in_place(&desired, &observed);
         self.started = true;
         self.hand_over(&local, in_place, &mut pass);
+        self.check_networks(&mut pass).await;
         match &inputs.own {
             Some(_) => publish(publication, &local, self.ready),
             None => pass.waiting = Some(NO_LIST.to_owned()),
@@ -379,6 +398,18 @@ impl Reconciler {
         info!(implementation = ?decided, adopted = running == Some(decided), "WireGuard");
         self.implementation = Some(decided);
         Ok(decided)
+    }
+
+    /// A network that this host got while the agent runs is said, and what works is kept.
+    async fn check_networks(&self, pass: &mut Pass) {
+        match overlap::with_host(&self.config.cluster_networks, &self.config.bridge).await {
+            Ok(None) => {}
+            Ok(Some(overlap)) => pass.problems.push(format!(
+                "{overlap}: the guard stops this node's own packets there; the mesh stays as it \
+                 is; give the host another network, or the cluster another --cluster-cidr"
+            )),
+            Err(error) => pass.problems.push(chain(&error)),
+        }
     }
 
     /// A device that is not ours ends an agent that starts; later it is said and tried again.

@@ -1,5 +1,6 @@
 //! The way to the API server, and how an attempt to use it can fail.
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -95,15 +96,26 @@ impl Connector {
         Self { patience, ..self }
     }
 
+    /// Address of the API server, where the configuration can be read and has one.
+    pub async fn server_address(&self) -> Option<IpAddr> {
+        let config = self.config().await.ok()?;
+        let host = config.cluster_url.host()?;
+        host.trim_matches(['[', ']']).parse().ok()
+    }
+
+    async fn config(&self) -> Result<Config, ConnectError> {
+        match &self.kubeconfig {
+            Some(path) => from_kubeconfig(path).await,
+            None => Config::incluster().map_err(|e| ConnectError::InCluster(Box::new(e))),
+        }
+    }
+
     /// A client with fresh credentials and connections. It sends nothing yet.
     ///
     /// # Errors
     /// [`ConnectError`], when the configuration cannot be used.
     pub async fn client(&self) -> Result<Client, ConnectError> {
-        let mut config = match &self.kubeconfig {
-            Some(path) => from_kubeconfig(path).await?,
-            None => Config::incluster().map_err(|e| ConnectError::InCluster(Box::new(e)))?,
-        };
+        let mut config = self.config().await?;
         config.connect_timeout = Some(self.patience);
         // Retries are the callers' business: they know when an answer no longer matters.
         config.default_retry = false;
