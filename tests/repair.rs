@@ -59,6 +59,8 @@ pub(crate) const DEVICES: &[&str] = &[
     "ip link set gambeson0 down",
     "ip link set gambeson0 mtu 1300",
     "ip address flush dev gambeson0 scope global",
+    "ip link set gambeson0 alias theirs",
+    "ip link set gambeson0 alias ''",
 ];
 
 pub(crate) const ROUTES: &[&str] = &[
@@ -85,6 +87,9 @@ pub(crate) const SETTINGS: &[&str] = &[
     "echo 1 > /proc/sys/net/ipv4/conf/gambeson0/rp_filter",
     "echo 0 > /proc/sys/net/ipv4/ip_forward",
     "echo 0 > /proc/sys/net/ipv6/conf/all/forwarding",
+    "echo 0 > /proc/sys/net/ipv4/conf/gambeson0/forwarding",
+    "echo 0 > /proc/sys/net/ipv4/conf/cni0/forwarding",
+    "echo 1 > /proc/sys/net/ipv6/conf/gambeson0/disable_ipv6",
 ];
 
 #[test]
@@ -145,6 +150,8 @@ fn wireguard_itself_is_repaired() {
         format!("wg set gambeson0 peer {peer} allowed-ips 10.244.7.0/24"),
         "wg set gambeson0 listen-port 51999".to_owned(),
         "wg set gambeson0 private-key /dev/stdin < /dev/null".to_owned(),
+        "wg set gambeson0 fwmark 7".to_owned(),
+        format!("wg genpsk | wg set gambeson0 peer {peer} preshared-key /dev/stdin"),
     ] {
         assert_repaired(node, &change, || {
             run(&environment, &change);
@@ -196,6 +203,48 @@ fn what_is_not_ours_stays() {
     });
     assert_eq!(foreign, look());
     assert_eq!(before, fingerprint(node));
+}
+
+/// What somebody else owns and that takes our packets is said by name, and left to them.
+#[test]
+fn foreign_routes_in_our_way_are_named() {
+    let lab = up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let environment = node.environment();
+    run(&environment, "ip link add stray type bridge; ip link set stray up");
+    for (route, says) in [
+        ("10.244.2.0/24 dev stray metric 0", "(dev stray, protocol 3)"),
+        ("blackhole 10.244.2.0/25 metric 7", "10.244.2.0/25 metric 7 (blackhole, protocol 3)"),
+        ("prohibit 10.244.2.0/24 proto 151", "(prohibit, protocol 151)"),
+        ("unreachable fd00:10:244:2::9/128 proto static", "(unreachable, protocol 4)"),
+    ] {
+        let ip = if route.contains("::") { "ip -6" } else { "ip" };
+        run(&environment, &format!("{ip} route prepend {route}"));
+        within(LIMIT * 3, route, || {
+            let errors = node.status().ok()?.errors;
+            errors.iter().any(|e| e.contains(says) && e.contains("ip route delete")).then_some(())
+        });
+        run(&environment, &format!("{ip} route delete {route}"));
+        within(LIMIT * 3, "the error goes with the route", || {
+            node.status().ok()?.errors.is_empty().then_some(())
+        });
+        assert_connected(&lab, "node-1", "node-2");
+    }
+}
+
+/// A link with one of our names is not trusted for its name: what it carries is in clear.
+#[test]
+fn a_foreign_device_with_a_name_of_ours_is_not_trusted() {
+    let lab = up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let environment = node.environment();
+    run(&environment, "ip link add gambeson3 type bridge; ip link set gambeson3 up");
+    let trusts =
+        || run(&environment, "nft list chain inet gambeson guard_out").contains("gambeson3");
+    within(LIMIT, "it is not trusted", || (!trusts()).then_some(()));
+    run(&environment, "ip link delete gambeson3");
+    within(LIMIT, "its name is ours again", || trusts().then_some(()));
+    assert_connected(&lab, "node-1", "node-2");
 }
 
 #[test]

@@ -103,7 +103,7 @@ pub enum NextHop {
 }
 
 /// A kernel setting we own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sysctl {
     /// `net.ipv4.ip_forward`.
     Ipv4Forward,
@@ -111,16 +111,43 @@ pub enum Sysctl {
     Ipv6Forward,
     /// `net.ipv4.conf.<device>.rp_filter`: 2, because a pair's two directions may use two devices.
     RpFilter(DeviceName),
+    /// `net.ipv4.conf.<device>.forwarding`: what comes out of the tunnel goes on to a pod.
+    Forwarding(DeviceName),
+    /// `net.ipv6.conf.<device>.disable_ipv6`.
+    DisableIpv6(DeviceName),
+    /// `net.ipv4.conf.<bridge>.forwarding`: what comes from a pod goes on into the tunnel.
+    BridgeForwarding(String),
+    /// `net.ipv6.conf.<bridge>.disable_ipv6`.
+    BridgeDisableIpv6(String),
 }
 
 impl Sysctl {
     /// Path below `/proc/sys`.
-    pub fn path(self) -> String {
+    pub fn path(&self) -> String {
         match self {
             Self::Ipv4Forward => "net/ipv4/ip_forward".to_owned(),
             Self::Ipv6Forward => "net/ipv6/conf/all/forwarding".to_owned(),
             Self::RpFilter(device) => format!("net/ipv4/conf/{device}/rp_filter"),
+            Self::Forwarding(device) => format!("net/ipv4/conf/{device}/forwarding"),
+            Self::DisableIpv6(device) => format!("net/ipv6/conf/{device}/disable_ipv6"),
+            Self::BridgeForwarding(bridge) => format!("net/ipv4/conf/{bridge}/forwarding"),
+            Self::BridgeDisableIpv6(bridge) => format!("net/ipv6/conf/{bridge}/disable_ipv6"),
         }
+    }
+
+    /// The device of ours that it is a setting of.
+    pub fn device(&self) -> Option<DeviceName> {
+        match self {
+            Self::RpFilter(device) | Self::Forwarding(device) | Self::DisableIpv6(device) => {
+                Some(*device)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it is a setting of the pod bridge, which the CNI plugin makes with the first pod.
+    pub fn is_of_bridge(&self) -> bool {
+        matches!(self, Self::BridgeForwarding(_) | Self::BridgeDisableIpv6(_))
     }
 }
 

@@ -17,11 +17,24 @@ pub struct Observed {
     pub links: BTreeMap<DeviceName, ObservedLink>,
     /// Routes in the main table that carry our protocol number.
     pub routes: BTreeMap<RouteKey, Route>,
+    /// Other routes in the main table that lead into the cluster networks.
+    pub foreign_routes: BTreeSet<ForeignRoute>,
     /// Values of the settings in [`Sysctl`], trimmed; absent where the file does not exist.
     pub sysctls: BTreeMap<Sysctl, String>,
     /// The ruleset in force, or `None` when table `inet gambeson` is missing or is not
     /// exactly what was written last.
     pub ruleset: Option<Ruleset>,
+}
+
+/// A route that we did not make.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ForeignRoute {
+    /// Its destination and metric.
+    pub key: RouteKey,
+    /// Who made it (rtm_protocol in linux/rtnetlink.h; /etc/iproute2/rt_protos).
+    pub protocol: u8,
+    /// Where it leads, as `ip route` says it: `dev eth0`, `blackhole`.
+    pub leads: String,
 }
 
 /// A link with one of our names.
@@ -48,6 +61,8 @@ pub struct ObservedWireGuard {
     pub public_key: Option<PublicKey>,
     /// UDP port.
     pub listen_port: u16,
+    /// Mark on encrypted packets, or 0. We never set one.
+    pub fwmark: u32,
     /// Peers by key.
     pub peers: BTreeMap<PublicKey, ObservedPeer>,
 }
@@ -63,6 +78,8 @@ pub struct ObservedPeer {
     pub allowed_ips: BTreeSet<IpNet>,
     /// Persistent keepalive in seconds.
     pub persistent_keepalive: Option<u16>,
+    /// Whether it has a preshared key. We never set one.
+    pub preshared_key: bool,
     /// Time since the last completed handshake, or `None` when there was none.
     pub handshake_age: Option<Duration>,
     /// Bytes received, after decryption headers as the kernel counts them.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! guard -> settings -> fail-closed routes            nothing can leave in clear from here on
-//! -> links -> keys, ports, peers -> addresses -> up -> rp_filter -> routes
+//! -> links -> keys, ports, peers -> addresses -> up -> device settings -> routes
 //! -> delete routes -> delete peers -> delete addresses -> delete links
 //! ```
 //!
@@ -17,7 +17,7 @@ use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
 use crate::desired::{Desired, Implementation, NextHop, Route, RouteKey, Ruleset, Sysctl};
-use crate::observed::Observed;
+use crate::observed::{ForeignRoute, Observed};
 use crate::session::DeviceName;
 
 mod diff;
@@ -32,6 +32,9 @@ pub struct Plan {
     pub actions: Vec<Action>,
     /// Devices that should be ours but belong to somebody else. Nothing is done to them.
     pub foreign: BTreeSet<DeviceName>,
+    /// Routes of somebody else that take packets away from our devices, and the destination
+    /// of ours that they win over. Nothing is done to them.
+    pub overruled: BTreeMap<ForeignRoute, IpNet>,
 }
 
 /// One change to the kernel.
@@ -44,6 +47,8 @@ pub enum Action {
     SetSysctl(Sysctl, String),
     /// Make a link with our alias, down and without configuration.
     AddLink { device: DeviceName, implementation: Implementation, mtu: u32 },
+    /// Give a link of ours its alias back.
+    MarkLink(DeviceName),
     /// Remove a link of ours.
     DeleteLink(DeviceName),
     /// Change the MTU, in bytes.
@@ -70,6 +75,8 @@ pub struct WireGuardChange {
     pub key: Option<Generation>,
     /// Listen on this UDP port.
     pub listen_port: Option<u16>,
+    /// Take away the mark that somebody set.
+    pub clear_fwmark: bool,
     /// Peers to add or update.
     pub set_peers: BTreeMap<PublicKey, PeerChange>,
     /// Peers to remove.
@@ -86,6 +93,8 @@ pub struct PeerChange {
     pub allowed_ips: Option<BTreeSet<IpNet>>,
     /// New keepalive in seconds; 0 turns it off.
     pub persistent_keepalive: Option<u16>,
+    /// Take away the preshared key that somebody set.
+    pub clear_preshared_key: bool,
 }
 
 impl Plan {
@@ -100,13 +109,19 @@ impl Plan {
         let routes = desired.routes.iter();
         let closed = routes.filter(|(_, route)| route.next_hop == NextHop::Unreachable);
         actions.extend(closed.map(|(key, route)| Action::PutRoute(*key, route.clone())));
-        Self { actions, foreign: BTreeSet::new() }
+        Self { actions, ..Self::default() }
     }
 
     /// Whether nothing is left to do.
     pub fn is_empty(&self) -> bool {
         self.actions.is_empty()
     }
+}
+
+/// The guard that should be in force: a link with one of our names that somebody else made
+/// is not trusted.
+pub fn ruleset(desired: &Desired, observed: &Observed) -> Ruleset {
+    diff::ruleset(desired, observed)
 }
 
 impl WireGuardChange {

@@ -29,10 +29,11 @@ pub(crate) fn step(
     match action {
         Action::SetRuleset(ruleset) => observed.ruleset = Some(ruleset.clone()),
         Action::SetSysctl(sysctl, value) => {
-            if let Sysctl::RpFilter(device) = sysctl {
-                own_link(observed, *device);
+            if let Some(device) = sysctl.device() {
+                own_link(observed, device);
             }
-            observed.sysctls.insert(*sysctl, value.clone());
+            assert!(!sysctl.is_of_bridge() || observed.sysctls.contains_key(sysctl), "no bridge");
+            observed.sysctls.insert(sysctl.clone(), value.clone());
         }
         Action::AddLink { device, implementation, mtu } => {
             let link = ObservedLink {
@@ -45,12 +46,17 @@ pub(crate) fn step(
             };
             assert!(observed.links.insert(*device, link).is_none(), "{device} exists");
             observed.sysctls.insert(Sysctl::RpFilter(*device), "0".to_owned());
+            observed.sysctls.insert(Sysctl::Forwarding(*device), "1".to_owned());
         }
         Action::DeleteLink(device) => {
             own_link(observed, *device);
             observed.links.remove(device);
             observed.routes.retain(|_, route| route.next_hop != NextHop::Device(*device));
-            observed.sysctls.remove(&Sysctl::RpFilter(*device));
+            observed.sysctls.retain(|sysctl, _| sysctl.device() != Some(*device));
+        }
+        Action::MarkLink(device) => {
+            let link = observed.links.get_mut(device).unwrap_or_else(|| panic!("no {device}"));
+            link.ours = true;
         }
         Action::SetLinkMtu { device, mtu } => own_link(observed, *device).mtu = *mtu,
         Action::SetLinkUp(device) => own_link(observed, *device).up = true,
@@ -109,6 +115,9 @@ fn configure(
     if let Some(port) = change.listen_port {
         state.listen_port = port;
     }
+    if change.clear_fwmark {
+        state.fwmark = 0;
+    }
     for (key, peer) in &change.set_peers {
         if let Some(prefixes) = &peer.allowed_ips {
             for other in state.peers.values_mut() {
@@ -132,6 +141,9 @@ fn set_peer(change: &PeerChange, peer: &mut ObservedPeer) {
     }
     if let Some(seconds) = change.persistent_keepalive {
         peer.persistent_keepalive = Some(seconds);
+    }
+    if change.clear_preshared_key {
+        peer.preshared_key = false;
     }
 }
 

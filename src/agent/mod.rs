@@ -26,7 +26,7 @@ use reconciler::{Pass, Reconciler, chain};
 use reporter::Reporter;
 use tasks::Tasks;
 
-use crate::apply::{Events, Kernel};
+use crate::apply::{Events, Kernel, Scope};
 use crate::cluster::{
     Backoff, Connector, EventWriter, NodeStore, NodeWatch, Publication, Publisher, Recorder,
 };
@@ -61,7 +61,8 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     info!(version = env!("CARGO_PKG_VERSION"), "starting");
     // The guard comes first, and everything that can fail after it: also a start that fails
     // leaves nothing open.
-    let mut reconciler = Reconciler::new(config.clone(), Kernel::connect().await?);
+    let scope = Scope { networks: config.cluster_networks.clone(), bridge: config.bridge.clone() };
+    let mut reconciler = Reconciler::new(config.clone(), Kernel::connect(scope).await?);
     reconciler.shut().await?;
     reconciler.load_keys()?;
     let kernel_events = Events::subscribe()?;

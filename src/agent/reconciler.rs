@@ -6,10 +6,10 @@ use std::time::SystemTime;
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
-use gambeson_mesh::desired::{Desired, Implementation, NextHop};
+use gambeson_mesh::desired::{Desired, Implementation, NextHop, RouteKey};
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, annotation, pod_cidrs};
-use gambeson_mesh::observed::Observed;
-use gambeson_mesh::plan::{Action, Plan};
+use gambeson_mesh::observed::{ForeignRoute, Observed};
+use gambeson_mesh::plan::{self, Action, Plan};
 use gambeson_mesh::topology::{Mesh, Topology};
 use gambeson_mesh::transport;
 use ipnet::IpNet;
@@ -421,6 +421,14 @@ impl Reconciler {
             }
             pass.problems.push(error.to_string());
         }
+        for (foreign, ours) in &plan.overruled {
+            let ForeignRoute { key: RouteKey { destination, metric }, protocol, leads } = foreign;
+            pass.problems.push(format!(
+                "route {destination} metric {metric} ({leads}, protocol {protocol}) was not made by \
+                 gambeson and takes the packets to the pods in {ours}; it is left alone, delete \
+                 it (`ip route delete {destination} metric {metric}`)"
+            ));
+        }
         Ok(())
     }
 
@@ -517,7 +525,7 @@ impl Underlay {
 
 /// Whether the guard, every fail-closed route and this node's devices were there already.
 fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
-    observed.ruleset.as_ref() == Some(&desired.ruleset)
+    observed.ruleset.as_ref() == Some(&plan::ruleset(desired, observed))
         && desired.devices.keys().all(|name| {
             observed.links.get(name).is_some_and(|link| link.ours && link.wireguard.is_some())
         })
@@ -534,6 +542,7 @@ fn describe(action: &Action) -> String {
         Action::SetRuleset(_) => "guard".to_owned(),
         Action::SetSysctl(sysctl, value) => format!("{} = {value}", sysctl.path()),
         Action::AddLink { device, .. } => format!("+ link {device}"),
+        Action::MarkLink(device) => format!("{device} alias"),
         Action::DeleteLink(device) => format!("- link {device}"),
         Action::SetLinkMtu { device, mtu } => format!("{device} mtu {mtu}"),
         Action::SetLinkUp(device) => format!("{device} up"),

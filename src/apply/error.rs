@@ -50,6 +50,9 @@ pub enum ApplyError {
     /// A link could not be removed.
     #[error("cannot delete link {device}{}", hint(source))]
     DeleteLink { device: DeviceName, source: io::Error },
+    /// A link could not be given our alias.
+    #[error("cannot set the alias of {device} to `gambeson`{}", hint(source))]
+    MarkLink { device: DeviceName, source: io::Error },
     /// An MTU was refused.
     #[error("cannot set the MTU of {device} to {mtu}{}", hint(source))]
     SetMtu { device: DeviceName, mtu: u32, source: io::Error },
@@ -145,6 +148,7 @@ impl ApplyError {
             Self::Tunnel { status, .. } => tunnel_exit(*status),
             Self::Connect { source }
             | Self::AddLink { source, .. }
+            | Self::MarkLink { source, .. }
             | Self::DeleteLink { source, .. }
             | Self::SetMtu { source, .. }
             | Self::SetUp { source, .. }
@@ -155,6 +159,7 @@ impl ApplyError {
             | Self::ReadWireGuard { source, .. }
             | Self::ConfigureWireGuard { source, .. }
             | Self::Subscribe { source, .. }
+            | Self::ReadGeneration { source }
                 if is_denied(source) =>
             {
                 Some(Exit::NoPermission)

@@ -17,8 +17,11 @@ const NEW_GENERATION: u8 = 15;
 const GET_GENERATION: u8 = 16;
 /// `NFTA_GEN_ID`.
 const GENERATION_ID: u16 = 1;
+const NETLINK_HEADER_BYTES: usize = 16;
 /// A netlink header and the `nfgenmsg` that follows it.
-pub(super) const HEADER_BYTES: usize = 16 + 4;
+pub(super) const HEADER_BYTES: usize = NETLINK_HEADER_BYTES + 4;
+/// Type of a message that carries an errno.
+const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u8 = 1;
 
 /// Reads the number.
@@ -33,9 +36,20 @@ pub(super) async fn read() -> io::Result<u32> {
     socket.send(&request).await?;
     let mut reply = Vec::with_capacity(1024);
     socket.recv(&mut reply).await?;
+    if let Some(refused) = errno(&reply) {
+        return Err(refused);
+    }
     parse(&reply).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, "no generation of the nftables ruleset")
     })
+}
+
+/// What the kernel refused the question with.
+fn errno(reply: &[u8]) -> Option<io::Error> {
+    let (message, _) = split_message(reply)?;
+    let code = i32::from_ne_bytes(*message.get(NETLINK_HEADER_BYTES..)?.first_chunk()?);
+    let is_error = *message.get(4..6)? == NLMSG_ERROR.to_ne_bytes() && code < 0;
+    is_error.then(|| io::Error::from_raw_os_error(code.saturating_neg()))
 }
 
 fn parse(reply: &[u8]) -> Option<u32> {

@@ -81,6 +81,18 @@ pub(crate) async fn find(netlink: &mut Netlink, name: &str) -> Result<Option<Lin
     }
 }
 
+/// Name of the link with this index, or the index where it is gone.
+pub(super) async fn name(netlink: &mut Netlink, index: u32) -> Result<String, ApplyError> {
+    let request = RouteNetlinkMessage::GetLink(LinkUnspec::new_with_index(index).build());
+    match netlink.get(request).await {
+        Ok(RouteNetlinkMessage::NewLink(message)) => Ok(Link::parse(&message).name),
+        Err(error) if error.raw_os_error() != Some(ENODEV) => {
+            Err(ApplyError::ReadLink { name: index.to_string(), source: error })
+        }
+        _ => Ok(index.to_string()),
+    }
+}
+
 /// All links.
 pub(crate) async fn all(netlink: &mut Netlink) -> Result<Vec<Link>, ApplyError> {
     let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
@@ -177,6 +189,27 @@ pub(super) async fn can_add_kernel(netlink: &mut Netlink) -> bool {
     true
 }
 
+/// Gives a link its alias back, which is known to be ours in another way.
+pub(super) async fn mark(netlink: &mut Netlink, device: DeviceName) -> Result<(), ApplyError> {
+    match find(netlink, device.as_str()).await? {
+        Some(link) if link.ours => Ok(()),
+        Some(link) => set_alias(netlink, device, link.index).await,
+        None => Err(ApplyError::LinkGone { device }),
+    }
+}
+
+async fn set_alias(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    index: u32,
+) -> Result<(), ApplyError> {
+    let message = LinkUnspec::new_with_index(index).alias(LINK_ALIAS).build();
+    netlink
+        .change(RouteNetlinkMessage::SetLink(message), 0)
+        .await
+        .map_err(|source| ApplyError::MarkLink { device, source })
+}
+
 /// Removes a link of ours. One that is gone already is success.
 pub(super) async fn delete(netlink: &mut Netlink, device: DeviceName) -> Result<(), ApplyError> {
     match ours(netlink, device).await {
@@ -231,11 +264,7 @@ pub(super) async fn adopt(
     if link.index == before || link.ours {
         return Ok(());
     }
-    let message = LinkUnspec::new_with_index(link.index).alias(LINK_ALIAS).build();
-    netlink
-        .change(RouteNetlinkMessage::SetLink(message), 0)
-        .await
-        .map_err(|source| ApplyError::AddLink { device, source })
+    set_alias(netlink, device, link.index).await
 }
 
 /// An address as the kernel has it.

@@ -14,7 +14,7 @@ pub(crate) mod route;
 mod sysctl;
 mod wireguard;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -24,12 +24,22 @@ use gambeson_mesh::desired::Implementation;
 use gambeson_mesh::observed::{Observed, ObservedLink, ObservedWireGuard};
 use gambeson_mesh::plan::{Action, Plan, WireGuardChange};
 use gambeson_mesh::session::{DeviceName, Session};
+use ipnet::IpNet;
 
 pub use error::ApplyError;
 pub use events::Events;
 pub use nft::GuardDrops;
 
 use netlink::Netlink;
+
+/// What of the kernel matters beside what carries our names and marks.
+#[derive(Debug, Clone, Default)]
+pub struct Scope {
+    /// The cluster networks: routes into them are looked at, whoever made them.
+    pub networks: BTreeSet<IpNet>,
+    /// The pod bridge.
+    pub bridge: String,
+}
 
 /// This node's kernel: links, addresses, WireGuard, routes, settings and firewall.
 #[derive(Debug)]
@@ -39,6 +49,7 @@ pub struct Kernel {
     program: PathBuf,
     /// Endpoints as they were written last. Where a peer is now may differ: it roams.
     pinned: BTreeMap<(DeviceName, PublicKey), SocketAddr>,
+    scope: Scope,
     ruleset: Option<nft::Written>,
     guard_whole: Option<SystemTime>,
 }
@@ -49,10 +60,10 @@ impl Kernel {
     ///
     /// # Errors
     /// [`ApplyError::Connect`].
-    pub async fn connect() -> Result<Self, ApplyError> {
+    pub async fn connect(scope: Scope) -> Result<Self, ApplyError> {
         let program = std::env::current_exe().ok().filter(|path| path.exists());
         // After an upgrade in place the path may be gone, but not the program.
-        Self::with_program(program.unwrap_or_else(|| PathBuf::from("/proc/self/exe"))).await
+        Self::with_program(program.unwrap_or_else(|| PathBuf::from("/proc/self/exe")), scope).await
     }
 
     /// As [`Kernel::connect`], with another program to serve userspace devices: it is run as
@@ -60,9 +71,16 @@ impl Kernel {
     ///
     /// # Errors
     /// [`ApplyError::Connect`].
-    pub async fn with_program(program: PathBuf) -> Result<Self, ApplyError> {
+    pub async fn with_program(program: PathBuf, scope: Scope) -> Result<Self, ApplyError> {
         let netlink = Netlink::connect().map_err(|source| ApplyError::Connect { source })?;
-        Ok(Self { netlink, program, pinned: BTreeMap::new(), ruleset: None, guard_whole: None })
+        Ok(Self {
+            netlink,
+            program,
+            pinned: BTreeMap::new(),
+            scope,
+            ruleset: None,
+            guard_whole: None,
+        })
     }
 
     /// Reads everything that carries our names and marks.
@@ -81,8 +99,9 @@ impl Kernel {
             devices.insert(link.index, device);
             observed.links.insert(device, self.observe_link(device, link).await?);
         }
-        observed.routes = route::observe(&mut self.netlink, &devices).await?;
-        observed.sysctls = sysctl::observe(devices.into_values())?;
+        let routes = route::observe(&mut self.netlink, &devices, &self.scope.networks).await?;
+        (observed.routes, observed.foreign_routes) = routes;
+        observed.sysctls = sysctl::observe(devices.into_values(), &self.scope.bridge)?;
         if let Some(written) = &mut self.ruleset
             && nft::is_intact(written).await?
         {
@@ -142,7 +161,8 @@ impl Kernel {
             addresses: link::device_addresses(&mut self.netlink, &link).await?,
             wireguard: None,
         };
-        if let (true, Some(implementation)) = (link.ours, link.implementation) {
+        // Also without our alias: its key may tell that it is ours.
+        if let Some(implementation) = link.implementation {
             observed.wireguard = wireguard::observe(device, implementation).await?;
         }
         if let Some(state) = &mut observed.wireguard {
@@ -163,7 +183,7 @@ impl Kernel {
                 self.guard_whole = Some(SystemTime::now());
                 Ok(())
             }
-            Action::SetSysctl(sysctl, value) => sysctl::write(*sysctl, value),
+            Action::SetSysctl(sysctl, value) => sysctl::write(sysctl, value),
             Action::AddLink { device, implementation: Implementation::Kernel, mtu } => {
                 link::add_kernel(netlink, *device, *mtu).await
             }
@@ -173,6 +193,7 @@ impl Kernel {
                 }
                 wireguard::start(&self.program, *device, *mtu).await
             }
+            Action::MarkLink(device) => link::mark(netlink, *device).await,
             Action::DeleteLink(device) => self.delete_link(*device).await,
             Action::SetLinkMtu { device, mtu } => link::set_mtu(netlink, *device, *mtu).await,
             Action::SetLinkUp(device) => self.set_link_up(*device).await,

@@ -1,9 +1,11 @@
-//! Routes of ours (protocol 151) in the main table, both families.
+//! Routes of ours (protocol 151) in the main table, both families, and those of others into
+//! the cluster networks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use gambeson_mesh::desired::{NextHop, ROUTE_PROTOCOL, Route, RouteKey};
+use gambeson_mesh::observed::ForeignRoute;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
@@ -17,23 +19,54 @@ use nix::libc::{EEXIST, ESRCH};
 use super::netlink::Netlink;
 use super::{ApplyError, link};
 
-/// Reads our routes. `devices` are the links with our names by interface index.
+/// Reads our routes, and those of others into `networks`. `devices` are the links with our
+/// names by interface index.
 ///
-/// A route with our protocol number that leads elsewhere than we ever route is left out: it is
-/// replaced when one of ours has the same key, and otherwise is not known to be ours.
+/// A route with our protocol number that leads elsewhere than we ever route counts as
+/// somebody else's: it is replaced when one of ours has the same key, and otherwise is not
+/// known to be ours.
 pub(super) async fn observe(
     netlink: &mut Netlink,
     devices: &BTreeMap<u32, DeviceName>,
-) -> Result<BTreeMap<RouteKey, Route>, ApplyError> {
-    let mut routes = BTreeMap::new();
+    networks: &BTreeSet<IpNet>,
+) -> Result<(BTreeMap<RouteKey, Route>, BTreeSet<ForeignRoute>), ApplyError> {
+    let (mut routes, mut foreign) = (BTreeMap::new(), BTreeSet::new());
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        for message in dump(netlink, family, RouteProtocol::Other(ROUTE_PROTOCOL)).await? {
-            if let (Some(key), Some(route)) = (key_of(&message), route_of(&message, devices)) {
-                routes.insert(key, route);
+        for message in dump(netlink, family, RouteProtocol::Unspec).await? {
+            let Some(key) = key_of(&message) else { continue };
+            let protocol = u8::from(message.header.protocol);
+            match route_of(&message, devices).filter(|_| protocol == ROUTE_PROTOCOL) {
+                Some(route) => _ = routes.insert(key, route),
+                None if networks.iter().any(|network| network.contains(&key.destination)) => {
+                    let leads = leads(netlink, &message).await?;
+                    foreign.insert(ForeignRoute { key, protocol, leads });
+                }
+                None => {}
             }
         }
     }
-    Ok(routes)
+    Ok((routes, foreign))
+}
+
+/// Where a route leads, as `ip route` says it.
+async fn leads(netlink: &mut Netlink, message: &RouteMessage) -> Result<String, ApplyError> {
+    let kind = match message.header.kind {
+        RouteType::Unicast => "",
+        RouteType::BlackHole => "blackhole",
+        RouteType::Unreachable => "unreachable",
+        RouteType::Prohibit => "prohibit",
+        RouteType::Throw => "throw",
+        _ => "of another type",
+    };
+    let index = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    });
+    Ok(match (kind, index) {
+        ("", Some(index)) => format!("dev {}", link::name(netlink, index).await?),
+        ("", None) => "over several links".to_owned(),
+        _ => kind.to_owned(),
+    })
 }
 
 /// Adds a route, or replaces ours with the same key.

@@ -9,16 +9,22 @@ use gambeson_mesh::session::DeviceName;
 
 use super::ApplyError;
 
-/// Reads the global settings, and those of each device in `devices`. A file that does not
-/// exist (no IPv6, a device that just went) is left out.
+/// Reads the global settings, those of each device in `devices`, and those of the bridge. A
+/// file that does not exist (no IPv6, a device that just went) is left out.
 pub(super) fn observe(
     devices: impl Iterator<Item = DeviceName>,
+    bridge: &str,
 ) -> Result<BTreeMap<Sysctl, String>, ApplyError> {
     let mut values = BTreeMap::new();
     let global = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward];
-    for sysctl in global.into_iter().chain(devices.map(Sysctl::RpFilter)) {
+    let of_device = |device| {
+        [Sysctl::RpFilter(device), Sysctl::Forwarding(device), Sysctl::DisableIpv6(device)]
+    };
+    let of_bridge =
+        [Sysctl::BridgeForwarding(bridge.to_owned()), Sysctl::BridgeDisableIpv6(bridge.to_owned())];
+    for sysctl in global.into_iter().chain(devices.flat_map(of_device)).chain(of_bridge) {
         // Procfs answers from memory: no need to leave the thread, whose namespace counts.
-        match fs::read_to_string(file(sysctl)) {
+        match fs::read_to_string(file(&sysctl)) {
             Ok(text) => {
                 values.insert(sysctl, text.trim().to_owned());
             }
@@ -30,14 +36,23 @@ pub(super) fn observe(
 }
 
 /// Writes one setting.
-pub(super) fn write(sysctl: Sysctl, value: &str) -> Result<(), ApplyError> {
-    fs::write(file(sysctl), value).map_err(|source| ApplyError::WriteSysctl {
-        path: sysctl.path(),
-        value: value.to_owned(),
-        source,
-    })
+pub(super) fn write(sysctl: &Sysctl, value: &str) -> Result<(), ApplyError> {
+    match fs::write(file(sysctl), value) {
+        // A kernel without IPv6 has nothing to enable; the address that is missing is said.
+        Err(error)
+            if error.kind() == io::ErrorKind::NotFound
+                && matches!(sysctl, Sysctl::DisableIpv6(_)) =>
+        {
+            Ok(())
+        }
+        result => result.map_err(|source| ApplyError::WriteSysctl {
+            path: sysctl.path(),
+            value: value.to_owned(),
+            source,
+        }),
+    }
 }
 
-fn file(sysctl: Sysctl) -> PathBuf {
+fn file(sysctl: &Sysctl) -> PathBuf {
     PathBuf::from("/proc/sys").join(sysctl.path())
 }

@@ -2,7 +2,7 @@ use gambeson_mesh::desired::{Implementation, NextHop, Route, RouteKey, Sysctl};
 use gambeson_mesh::plan::Action;
 
 use crate::common::namespace::{attempt, device, execute, in_namespace, kernel, make_tun, sh};
-use gambeson::apply::{ApplyError, Kernel};
+use gambeson::apply::{ApplyError, Kernel, Scope};
 use gambeson::exit::Exit;
 
 #[test]
@@ -12,7 +12,7 @@ fn an_empty_namespace_has_nothing_of_ours() {
         assert!(observed.links.is_empty() && observed.routes.is_empty());
         assert_eq!(observed.ruleset, None);
         assert_eq!(
-            observed.sysctls.keys().copied().collect::<Vec<_>>(),
+            observed.sysctls.keys().cloned().collect::<Vec<_>>(),
             [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward]
         );
     });
@@ -108,13 +108,20 @@ fn a_failed_action_does_not_stop_the_next() {
 fn settings_are_written_and_observed() {
     in_namespace(async || {
         let device = make_tun(3);
-        let mut kernel = kernel().await;
+        sh("ip link add cni0 type bridge");
+        let scope = Scope { bridge: "cni0".to_owned(), ..Scope::default() };
+        let mut kernel = Kernel::with_program("/nonexistent".into(), scope).await.unwrap();
         let settings = [
             (Sysctl::Ipv4Forward, "1"),
             (Sysctl::Ipv6Forward, "1"),
             (Sysctl::RpFilter(device), "2"),
+            (Sysctl::Forwarding(device), "0"),
+            (Sysctl::DisableIpv6(device), "1"),
+            (Sysctl::BridgeForwarding("cni0".to_owned()), "0"),
+            (Sysctl::BridgeDisableIpv6("cni0".to_owned()), "1"),
         ];
-        execute(&mut kernel, settings.map(|(s, v)| Action::SetSysctl(s, v.to_owned()))).await;
+        execute(&mut kernel, settings.clone().map(|(s, v)| Action::SetSysctl(s, v.to_owned())))
+            .await;
         let observed = kernel.observe().await.unwrap();
         assert_eq!(observed.sysctls, settings.map(|(s, v)| (s, v.to_owned())).into());
     });
@@ -177,7 +184,10 @@ fn a_missing_capability_is_named() {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let mut kernel = Kernel::with_program(env!("CARGO_BIN_EXE_gambeson").into()).await.unwrap();
+        let mut kernel =
+            Kernel::with_program(env!("CARGO_BIN_EXE_gambeson").into(), Scope::default())
+                .await
+                .unwrap();
         let device = device(0);
         let add = |implementation| Action::AddLink { device, implementation, mtu: 1420 };
         let destination = "10.244.0.0/16".parse().unwrap();

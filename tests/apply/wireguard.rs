@@ -5,7 +5,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use gambeson::apply::{ApplyError, Kernel};
+use gambeson::apply::{ApplyError, Kernel, Scope};
 use gambeson::exit::Exit;
 use gambeson_keys::{Generation, KeyRing, PrivateKey, PublicKey};
 use gambeson_mesh::desired::{
@@ -29,7 +29,7 @@ const PEERS: u16 = 300;
 const PREFIXES: u16 = 2000;
 
 async fn kernel() -> Kernel {
-    Kernel::with_program(env!("CARGO_BIN_EXE_gambeson").into()).await.unwrap()
+    Kernel::with_program(env!("CARGO_BIN_EXE_gambeson").into(), Scope::default()).await.unwrap()
 }
 
 fn prefix(peer: u8) -> ipnet::IpNet {

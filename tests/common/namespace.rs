@@ -8,7 +8,7 @@ use gambeson_mesh::session::DeviceName;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use gambeson::apply::{ApplyError, Kernel};
+use gambeson::apply::{ApplyError, Kernel, Scope};
 
 /// Runs a test in new namespaces, with lo up and an empty `/run`. Needs root.
 pub(crate) fn in_namespace(test: impl AsyncFnOnce() + Send + 'static) {
@@ -57,7 +57,7 @@ pub(crate) fn make_tun(number: u8) -> DeviceName {
 }
 
 pub(crate) async fn kernel() -> Kernel {
-    Kernel::with_program(PathBuf::from("/nonexistent/gambeson")).await.unwrap()
+    Kernel::with_program(PathBuf::from("/nonexistent/gambeson"), Scope::default()).await.unwrap()
 }
 
 pub(crate) fn keys() -> KeyRing {

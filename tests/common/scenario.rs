@@ -77,7 +77,10 @@ pub(crate) fn fingerprint(node: Node<'_>) -> String {
         nft -s list table inet gambeson 2>&1
         cd /proc/sys/net
         cat ipv4/ip_forward ipv6/conf/all/forwarding ipv4/conf/gambeson0/rp_filter 2>&1
-        for what in public-key listen-port endpoints allowed-ips persistent-keepalive; do
+        cat ipv4/conf/gambeson0/forwarding ipv6/conf/gambeson0/disable_ipv6 2>&1
+        cat ipv4/conf/cni0/forwarding ipv6/conf/cni0/disable_ipv6 2>&1
+        for what in public-key listen-port fwmark endpoints allowed-ips persistent-keepalive \
+            preshared-keys; do
             wg show gambeson0 $what 2>&1 | sort
         done";
     run(&node.environment(), LOOK)

@@ -3,8 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Action, Plan, wireguard};
-use crate::desired::{Desired, Implementation, NextHop, Sysctl, WireGuardDevice};
-use crate::observed::{Observed, ObservedLink, ObservedWireGuard};
+use ipnet::IpNet;
+
+use crate::desired::{Desired, Implementation, NextHop, Route, Ruleset, Sysctl, WireGuardDevice};
+use crate::observed::{ForeignRoute, Observed, ObservedLink, ObservedWireGuard};
 use crate::session::DeviceName;
 
 pub(super) fn plan(desired: &Desired, observed: &Observed) -> Plan {
@@ -17,7 +19,33 @@ pub(super) fn plan(desired: &Desired, observed: &Observed) -> Plan {
     difference.device_settings(&mut actions);
     difference.routes(&mut actions);
     difference.deletions(&mut actions);
-    Plan { actions, foreign: difference.foreign }
+    let overruled = overruled(desired, observed);
+    Plan { actions, foreign: difference.foreign, overruled }
+}
+
+pub(super) fn ruleset(desired: &Desired, observed: &Observed) -> Ruleset {
+    let mut ruleset = desired.ruleset.clone();
+    for (name, link) in &observed.links {
+        if !is_ours(link, desired.devices.get(name)) {
+            ruleset.trusted_links.remove(name.as_str());
+        }
+    }
+    ruleset
+}
+
+/// The kernel takes the longest prefix, and of equal ones the lowest metric.
+fn overruled(desired: &Desired, observed: &Observed) -> BTreeMap<ForeignRoute, IpNet> {
+    let wins = |foreign: &ForeignRoute| {
+        let to_device = |route: &Route| matches!(route.next_hop, NextHop::Device(_));
+        let ours = desired.routes.iter().filter(|(_, route)| to_device(route));
+        ours.map(|(key, _)| key).find(|ours| {
+            let same = foreign.key.destination == ours.destination;
+            let first = same && foreign.key.metric <= ours.metric;
+            first || (!same && ours.destination.contains(&foreign.key.destination))
+        })
+    };
+    let routes = observed.foreign_routes.iter();
+    routes.filter_map(|foreign| Some((foreign.clone(), wins(foreign)?.destination))).collect()
 }
 
 struct Difference<'a> {
@@ -31,6 +59,8 @@ struct Difference<'a> {
     remade: BTreeSet<DeviceName>,
     /// Links of ours that are no longer wanted.
     surplus: BTreeSet<DeviceName>,
+    /// Links of ours that lost their mark.
+    unmarked: BTreeSet<DeviceName>,
     foreign: BTreeSet<DeviceName>,
 }
 
@@ -43,11 +73,16 @@ impl<'a> Difference<'a> {
             kept: BTreeMap::new(),
             remade: BTreeSet::new(),
             surplus: BTreeSet::new(),
+            unmarked: BTreeSet::new(),
             foreign: BTreeSet::new(),
         };
         for (name, link) in &observed.links {
             let wanted = desired.devices.get(name);
-            match (is_ours(link), wanted) {
+            let ours = is_ours(link, wanted);
+            if ours && !link.ours {
+                difference.unmarked.insert(*name);
+            }
+            match (ours, wanted) {
                 (false, None) => {}
                 (false, Some(_)) => {
                     difference.foreign.insert(*name);
@@ -65,15 +100,18 @@ impl<'a> Difference<'a> {
 
     /// The guard, node-wide settings and fail-closed routes.
     fn guard(&self, actions: &mut Vec<Action>) {
-        if self.observed.ruleset.as_ref() != Some(&self.desired.ruleset) {
-            actions.push(Action::SetRuleset(self.desired.ruleset.clone()));
+        let ruleset = ruleset(self.desired, self.observed);
+        if self.observed.ruleset.as_ref() != Some(&ruleset) {
+            actions.push(Action::SetRuleset(ruleset));
         }
         // Before any setting of a device: the kernel resets those when it turns forwarding on
         // (Documentation/networking/ip-sysctl.rst, ip_forward).
         for (sysctl, value) in &self.desired.sysctls {
-            let of_device = matches!(sysctl, Sysctl::RpFilter(_));
-            if !of_device && self.observed.sysctls.get(sysctl) != Some(value) {
-                actions.push(Action::SetSysctl(*sysctl, value.clone()));
+            let is = self.observed.sysctls.get(sysctl);
+            // Without a bridge there is nothing to set yet.
+            let absent = sysctl.is_of_bridge() && is.is_none();
+            if sysctl.device().is_none() && !absent && is != Some(value) {
+                actions.push(Action::SetSysctl(sysctl.clone(), value.clone()));
             }
         }
         for (key, route) in &self.desired.routes {
@@ -85,6 +123,7 @@ impl<'a> Difference<'a> {
     }
 
     fn links(&self, actions: &mut Vec<Action>) {
+        actions.extend(self.unmarked.iter().map(|device| Action::MarkLink(*device)));
         for (device, wanted) in &self.devices {
             let (device, mtu) = (*device, wanted.mtu);
             match self.kept.get(&device) {
@@ -122,6 +161,8 @@ impl<'a> Difference<'a> {
     }
 
     fn addresses(&self, actions: &mut Vec<Action>) {
+        // Where IPv6 is disabled there are no addresses of it.
+        self.settings(actions, |sysctl| matches!(sysctl, Sysctl::DisableIpv6(_)));
         for (device, wanted) in &self.devices {
             let device = *device;
             let has = self.kept.get(&device).map(|link| &link.addresses);
@@ -137,12 +178,18 @@ impl<'a> Difference<'a> {
     }
 
     fn device_settings(&self, actions: &mut Vec<Action>) {
-        for (sysctl, value) in &self.desired.sysctls {
-            let Sysctl::RpFilter(device) = sysctl else { continue };
-            let stays = self.kept.contains_key(device);
-            let is_set = stays && self.observed.sysctls.get(sysctl) == Some(value);
-            if self.devices.contains_key(device) && !is_set {
-                actions.push(Action::SetSysctl(*sysctl, value.clone()));
+        self.settings(actions, |sysctl| !matches!(sysctl, Sysctl::DisableIpv6(_)));
+    }
+
+    fn settings(&self, actions: &mut Vec<Action>, which: impl Fn(&Sysctl) -> bool) {
+        for (sysctl, value) in self.desired.sysctls.iter().filter(|(sysctl, _)| which(sysctl)) {
+            let Some(device) = sysctl.device() else { continue };
+            let stays = self.kept.contains_key(&device);
+            let is = self.observed.sysctls.get(sysctl).filter(|_| stays);
+            // A kernel without IPv6 has no setting for it.
+            let absent = stays && is.is_none() && matches!(sysctl, Sysctl::DisableIpv6(_));
+            if self.devices.contains_key(&device) && !absent && is != Some(value) {
+                actions.push(Action::SetSysctl(sysctl.clone(), value.clone()));
             }
         }
     }
@@ -203,9 +250,12 @@ impl<'a> Difference<'a> {
     }
 }
 
-/// A link is ours only when it has our mark and is of a kind we make.
-fn is_ours(link: &ObservedLink) -> bool {
-    link.ours && link.implementation.is_some()
+/// A link is ours only when it has our mark, or holds the key that it should, which nobody
+/// else has, and is of a kind we make.
+fn is_ours(link: &ObservedLink, wanted: Option<&WireGuardDevice>) -> bool {
+    let key = link.wireguard.as_ref().and_then(|wireguard| wireguard.public_key);
+    let has_our_key = key.is_some() && key == wanted.map(|device| device.public_key);
+    (link.ours || has_our_key) && link.implementation.is_some()
 }
 
 /// Of the other kind, or a TUN device whose process is gone. A kernel link whose state could

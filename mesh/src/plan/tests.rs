@@ -80,8 +80,9 @@ fn what_somebody_removed_comes_back_and_nothing_else_is_touched() {
     }
     for (sysctl, value) in &desired.sysctls {
         let mut observed = settled.clone();
-        observed.sysctls.insert(*sysctl, "7".to_owned());
-        assert_eq!(plan(&desired, &observed), [Action::SetSysctl(*sysctl, value.clone())]);
+        observed.sysctls.insert(sysctl.clone(), "7".to_owned());
+        let repair = Action::SetSysctl(sysctl.clone(), value.clone());
+        assert_eq!(plan(&desired, &observed), [repair]);
     }
     let mut observed = settled.clone();
     observed.links.remove(&device(1));
@@ -91,8 +92,8 @@ fn what_somebody_removed_comes_back_and_nothing_else_is_touched() {
         | Action::ConfigureWireGuard { device, .. }
         | Action::AddAddress { device, .. }
         | Action::SetLinkUp(device)
-        | Action::SetSysctl(Sysctl::RpFilter(device), _)
         | Action::PutRoute(_, Route { next_hop: NextHop::Device(device), .. }) => *device,
+        Action::SetSysctl(sysctl, _) => sysctl.device().unwrap(),
         other => panic!("{other:?}"),
     };
     assert!(plan(&desired, &observed).iter().all(|action| touched(action) == device(1)));
@@ -105,19 +106,73 @@ fn a_foreign_device_is_named_and_left_alone() {
         let mut observed = settled.clone();
         let link = observed.links.get_mut(&device(0)).unwrap();
         (link.ours, link.implementation) = (ours, implementation);
+        link.wireguard.as_mut().unwrap().public_key = Some(key(99));
         let plan = Plan::new(&desired, &observed);
         assert_eq!(plan.foreign, BTreeSet::from([device(0)]));
         // Packets must not go through it either.
         let routes = desired.routes.iter();
         let through = routes.filter(|(_, r)| r.next_hop == NextHop::Device(device(0)));
-        let deletions: Vec<_> = through.map(|(key, _)| Action::DeleteRoute(*key)).collect();
-        assert_eq!(deletions.len(), 2);
-        assert_eq!(plan.actions, deletions);
+        let mut actions = vec![Action::SetRuleset(without(&desired, "gambeson0"))];
+        actions.extend(through.map(|(key, _)| Action::DeleteRoute(*key)));
+        assert_eq!(actions.len(), 3);
+        assert_eq!(plan.actions, actions);
     }
+    // Nor through one whose name is not in use.
     let mut observed = settled.clone();
     let foreign = ObservedLink { ours: false, ..observed.links[&device(0)].clone() };
     observed.links.insert(device(3), foreign);
-    assert_eq!(Plan::new(&desired, &observed), Plan::default());
+    let plan = Plan::new(&desired, &observed);
+    assert_eq!(plan.actions, [Action::SetRuleset(without(&desired, "gambeson3"))]);
+    assert_eq!(plan.foreign, BTreeSet::new());
+}
+
+/// The guard, less a link that it would trust by its name.
+fn without(desired: &Desired, name: &str) -> Ruleset {
+    let mut ruleset = desired.ruleset.clone();
+    assert!(ruleset.trusted_links.remove(name));
+    ruleset
+}
+
+#[test]
+fn a_device_that_lost_its_alias_is_known_by_its_key() {
+    let (desired, mut observed) = settled();
+    observed.links.get_mut(&device(0)).unwrap().ours = false;
+    assert_eq!(plan(&desired, &observed), [Action::MarkLink(device(0))]);
+}
+
+#[test]
+fn a_foreign_mark_or_preshared_key_is_taken_away() {
+    let (desired, mut observed) = settled();
+    first_state(&mut observed).fwmark = 1;
+    first_state(&mut observed).peers.get_mut(&key(2)).unwrap().preshared_key = true;
+    let actions = plan(&desired, &observed);
+    let [Action::ConfigureWireGuard { change, .. }] = &actions[..] else { panic!("{actions:?}") };
+    let peer = PeerChange { clear_preshared_key: true, ..PeerChange::default() };
+    let set_peers = [(key(2), peer)].into();
+    let expected = WireGuardChange { clear_fwmark: true, set_peers, ..WireGuardChange::default() };
+    assert_eq!(*change, expected);
+}
+
+#[test]
+fn foreign_routes_that_win_over_ours_are_named() {
+    let (desired, settled) = settled();
+    for (destination, metric, wins) in [
+        ("10.244.2.0/24", 0, Some("10.244.2.0/24")),
+        ("10.244.2.0/24", 1, Some("10.244.2.0/24")),
+        ("10.244.2.0/24", 2, None),
+        ("10.244.2.128/25", 900, Some("10.244.2.0/24")),
+        ("fd00:10:244:3::7/128", 1024, Some("fd00:10:244:3::/64")),
+        ("10.244.0.0/16", 0, None),
+        ("10.244.9.0/24", 0, None),
+    ] {
+        let key = RouteKey { destination: net(destination), metric };
+        let foreign = ForeignRoute { key, protocol: 4, leads: "blackhole".to_owned() };
+        let foreign_routes = [foreign.clone()].into();
+        let plan = Plan::new(&desired, &Observed { foreign_routes, ..settled.clone() });
+        assert_eq!(plan.actions, []);
+        let wins = wins.map(|ours| (foreign, net(ours)));
+        assert_eq!(plan.overruled, wins.into_iter().collect(), "{destination} {metric}");
+    }
 }
 
 #[test]

@@ -21,6 +21,7 @@ pub(super) fn additions(
     if observed.listen_port != desired.listen_port {
         change.listen_port = Some(desired.listen_port);
     }
+    change.clear_fwmark = observed.fwmark != 0;
     for (key, peer) in &desired.peers {
         if let Some(difference) = peer_change(peer, observed.peers.get(key)) {
             change.set_peers.insert(*key, difference);
@@ -51,6 +52,7 @@ fn peer_change(desired: &WireGuardPeer, observed: Option<&ObservedPeer>) -> Opti
     if peer.persistent_keepalive.unwrap_or(0) != keepalive {
         change.persistent_keepalive = Some(keepalive);
     }
+    change.clear_preshared_key = peer.preshared_key;
     (observed.is_none() || !change.is_empty()).then_some(change)
 }
 

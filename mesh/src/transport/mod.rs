@@ -19,7 +19,7 @@ const LOOPBACK: &str = "lo";
 pub fn desired(mesh: &Mesh, local: &Local) -> Desired {
     let mut desired = Desired {
         routes: fail_closed(local),
-        sysctls: forwarding(local),
+        sysctls: settings(local),
         ruleset: ruleset(local),
         ..Desired::default()
     };
@@ -47,10 +47,14 @@ fn fail_closed(local: &Local) -> BTreeMap<RouteKey, Route> {
         .collect()
 }
 
-fn forwarding(local: &Local) -> BTreeMap<Sysctl, String> {
-    let sysctl = |network: &IpNet| match network {
-        IpNet::V4(_) => Sysctl::Ipv4Forward,
-        IpNet::V6(_) => Sysctl::Ipv6Forward,
+fn settings(local: &Local) -> BTreeMap<Sysctl, String> {
+    let setting = |network: &IpNet| {
+        let bridge = local.bridge.clone();
+        match network {
+            IpNet::V4(_) => [(Sysctl::Ipv4Forward, "1"), (Sysctl::BridgeForwarding(bridge), "1")],
+            IpNet::V6(_) => [(Sysctl::Ipv6Forward, "1"), (Sysctl::BridgeDisableIpv6(bridge), "0")],
+        }
     };
-    local.cluster_networks.iter().map(|network| (sysctl(network), "1".to_owned())).collect()
+    let settings = local.cluster_networks.iter().flat_map(setting);
+    settings.map(|(sysctl, value)| (sysctl, value.to_owned())).collect()
 }

@@ -43,8 +43,13 @@ pub(super) fn desire(mesh: &Mesh, local: &Local, desired: &mut Desired) {
     if desired.devices.is_empty() {
         device(local, current, Session::between(current, Generation::FIRST), desired);
     }
-    for name in desired.devices.keys() {
-        desired.sysctls.insert(Sysctl::RpFilter(*name), LOOSE.to_owned());
+    for (name, device) in &desired.devices {
+        let mut set = |sysctl, value: &str| desired.sysctls.insert(sysctl, value.to_owned());
+        set(Sysctl::RpFilter(*name), LOOSE);
+        set(Sysctl::Forwarding(*name), "1");
+        if device.addresses.iter().any(|address| address.addr().is_ipv6()) {
+            set(Sysctl::DisableIpv6(*name), "0");
+        }
     }
 }
 

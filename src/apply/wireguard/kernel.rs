@@ -40,6 +40,9 @@ pub(super) async fn write(device: DeviceName, update: &Update<'_>) -> io::Result
     if let Some(port) = update.listen_port {
         first = first.set_listen_port(port);
     }
+    if update.clear_fwmark {
+        first = first.unset_fwmark();
+    }
     let mut chunks = update.peers.chunks(PEERS_PER_REQUEST);
     let mut requests = vec![with_peers(first, chunks.next().unwrap_or_default())];
     requests.extend(chunks.map(|chunk| with_peers(DeviceUpdate::new(), chunk)));
@@ -58,6 +61,9 @@ fn builder(peer: &PeerEntry) -> PeerConfigBuilder {
     if let Some(seconds) = peer.persistent_keepalive {
         builder = builder.set_persistent_keepalive_interval(seconds);
     }
+    if peer.clear_preshared_key {
+        builder = builder.unset_preshared_key();
+    }
     for network in &peer.add_allowed_ips {
         builder = builder.add_allowed_ip(network.addr(), network.prefix_len());
     }
@@ -68,6 +74,7 @@ fn state_of(found: &Device, now: SystemTime) -> ObservedWireGuard {
     ObservedWireGuard {
         public_key: found.public_key.as_ref().and_then(|key| public_key(key.as_bytes())),
         listen_port: found.listen_port.unwrap_or(0),
+        fwmark: found.fwmark.unwrap_or(0),
         peers: merge_peers(&found.peers, now),
     }
 }
@@ -93,6 +100,8 @@ fn peer_of(peer: &PeerInfo, now: SystemTime) -> ObservedPeer {
     ObservedPeer {
         endpoint: peer.config.endpoint,
         persistent_keepalive: peer.config.persistent_keepalive_interval.filter(|s| *s != 0),
+        // Of none, the kernel says that it is all zero.
+        preshared_key: peer.config.preshared_key.as_ref().is_some_and(|key| key.0 != [0; 32]),
         handshake_age: peer.stats.last_handshake_time.map(|time| age(time, now)),
         rx_bytes: peer.stats.rx_bytes,
         tx_bytes: peer.stats.tx_bytes,

@@ -57,6 +57,7 @@ pub(super) async fn configure(
     let update = Update {
         key,
         listen_port: change.listen_port,
+        clear_fwmark: change.clear_fwmark,
         peers: entries(change, &current, rand::random()),
     };
     let result = match implementation {
@@ -73,6 +74,7 @@ pub(super) async fn configure(
 struct Update<'a> {
     key: Option<&'a PrivateKey>,
     listen_port: Option<u16>,
+    clear_fwmark: bool,
     peers: Vec<PeerEntry>,
 }
 
@@ -82,6 +84,7 @@ struct PeerEntry {
     key: [u8; 32],
     endpoint: Option<SocketAddr>,
     persistent_keepalive: Option<u16>,
+    clear_preshared_key: bool,
     add_allowed_ips: Vec<IpNet>,
     remove: bool,
 }
@@ -92,6 +95,7 @@ impl PeerEntry {
             key,
             endpoint: None,
             persistent_keepalive: None,
+            clear_preshared_key: false,
             add_allowed_ips: Vec::new(),
             remove: false,
         }
@@ -116,6 +120,7 @@ fn entries(
         let mut entry = PeerEntry::new(*key.as_bytes());
         entry.endpoint = peer.endpoint;
         entry.persistent_keepalive = peer.persistent_keepalive;
+        entry.clear_preshared_key = peer.clear_preshared_key;
         let present = current.peers.get(key).map_or(&nothing, |p| &p.allowed_ips);
         let wanted = peer.allowed_ips.as_ref().unwrap_or(present);
         dropped.extend(present.difference(wanted).copied());

@@ -154,17 +154,20 @@ fn a_request_is_written_as_the_protocol_wants() {
     let peer = PeerEntry {
         endpoint: "[2001:db8::1]:51820".parse().ok(),
         persistent_keepalive: Some(0),
+        clear_preshared_key: true,
         add_allowed_ips: vec![prefix(1), "fd00::/64".parse().unwrap()],
         ..PeerEntry::new([0x0a; 32])
     };
     let peers = vec![peer, PeerEntry::removal([0xff; 32])];
-    let text = render(&Update { key: Some(&key), listen_port: Some(51820), peers });
+    let text =
+        render(&Update { key: Some(&key), listen_port: Some(51820), clear_fwmark: true, peers });
     let hex: String = key.as_bytes().iter().map(|b| format!("{b:02x}")).collect();
     let expected = format!(
-        "set=1\nprivate_key={hex}\nlisten_port=51820\npublic_key={}\n\
-         endpoint=[2001:db8::1]:51820\npersistent_keepalive_interval=0\nallowed_ip=10.244.1.0/24\n\
-         allowed_ip=fd00::/64\npublic_key={}\nremove=true\n\n",
+        "set=1\nprivate_key={hex}\nlisten_port=51820\nfwmark=0\npublic_key={}\n\
+         endpoint=[2001:db8::1]:51820\npersistent_keepalive_interval=0\npreshared_key={}\n\
+         allowed_ip=10.244.1.0/24\nallowed_ip=fd00::/64\npublic_key={}\nremove=true\n\n",
         "0a".repeat(32),
+        "00".repeat(32),
         "ff".repeat(32)
     );
     assert_eq!(text, expected);
@@ -178,23 +181,24 @@ fn an_answer_is_read() {
     let private = PrivateKey::generate();
     let secret: String = private.as_bytes().iter().map(|b| format!("{b:02x}")).collect();
     let text = format!(
-        "private_key={secret}\nlisten_port=51822\nfwmark=1\npublic_key={}\nprotocol_version=1\n\
+        "private_key={secret}\nlisten_port=51822\nfwmark=1\npublic_key={}\npreshared_key={secret}\nprotocol_version=1\n\
          endpoint=192.0.2.1:51820\nlast_handshake_time_sec=999990\n\
          last_handshake_time_nsec=500000000\ntx_bytes=7\nrx_bytes=8\n\
          persistent_keepalive_interval=25\nallowed_ip=10.244.1.0/24\nallowed_ip=fd00::/64\n\
-         something_new=1\npublic_key={}\nlast_handshake_time_sec=0\nlast_handshake_time_nsec=0\n\
+         something_new=1\npublic_key={}\npreshared_key={}\nlast_handshake_time_sec=0\nlast_handshake_time_nsec=0\n\
          tx_bytes=0\nrx_bytes=0\npersistent_keepalive_interval=0\nerrno=0\n\n",
         hex(peer_key(1)),
-        hex(peer_key(2))
+        hex(peer_key(2)),
+        "0".repeat(64)
     );
     let state = parse(&text, now).unwrap();
     assert_eq!(state.public_key, Some(private.public()));
-    assert_eq!(state.listen_port, 51822);
+    assert_eq!((state.listen_port, state.fwmark), (51822, 1));
     let first = &state.peers[&peer_key(1)];
     assert_eq!(first.endpoint, "192.0.2.1:51820".parse().ok());
     assert_eq!(first.handshake_age, Some(Duration::from_millis(9_500)));
     assert_eq!((first.tx_bytes, first.rx_bytes), (7, 8));
-    assert_eq!(first.persistent_keepalive, Some(25));
+    assert_eq!((first.persistent_keepalive, first.preshared_key), (Some(25), true));
     assert_eq!(first.allowed_ips, [prefix(1), "fd00::/64".parse().unwrap()].into());
     assert_eq!(state.peers[&peer_key(2)], ObservedPeer::default());
     // A clock that was set back.

@@ -148,6 +148,9 @@ pub(super) fn render(update: &Update<'_>) -> String {
     if let Some(port) = update.listen_port {
         line("listen_port", &port);
     }
+    if update.clear_fwmark {
+        line("fwmark", &0);
+    }
     for peer in &update.peers {
         line("public_key", &Hex(&peer.key));
         if peer.remove {
@@ -158,6 +161,9 @@ pub(super) fn render(update: &Update<'_>) -> String {
         }
         if let Some(seconds) = peer.persistent_keepalive {
             line("persistent_keepalive_interval", &seconds);
+        }
+        if peer.clear_preshared_key {
+            line("preshared_key", &Hex(&[0; 32]));
         }
         for network in &peer.add_allowed_ips {
             line("allowed_ip", network);
@@ -191,6 +197,7 @@ pub(super) fn parse(text: &str, now: SystemTime) -> io::Result<ObservedWireGuard
                 state.public_key = public_key(private.get_public().as_bytes());
             }
             "listen_port" => state.listen_port = number(value)?,
+            "fwmark" => state.fwmark = number(value)?,
             "public_key" => {
                 let bytes = wireguard_control::Key::from_hex(value)
                     .map_err(|_| invalid("a key that is not hexadecimal"))?;
@@ -235,6 +242,7 @@ fn peer_line(
         "persistent_keepalive_interval" => {
             peer.persistent_keepalive = Some(number(value)?).filter(|seconds| *seconds != 0);
         }
+        "preshared_key" => peer.preshared_key = value.bytes().any(|digit| digit != b'0'),
         "allowed_ip" => {
             let network: ipnet::IpNet = number(value)?;
             peer.allowed_ips.insert(network.trunc());

@@ -52,6 +52,7 @@ fn any_peer() -> impl Strategy<Value = ObservedPeer> {
                     allowed_ips,
                     persistent_keepalive,
                     handshake_age,
+                    preshared_key: handshake_age.is_some_and(|age| age.as_secs() % 3 == 0),
                     ..ObservedPeer::default()
                 }
             },
@@ -67,7 +68,8 @@ fn any_wireguard() -> impl Strategy<Value = ObservedWireGuard> {
             for peer in peers.values_mut() {
                 peer.allowed_ips.retain(|prefix| taken.insert(*prefix));
             }
-            ObservedWireGuard { public_key, listen_port, peers }
+            let fwmark = u32::from(listen_port % 5 / 4);
+            ObservedWireGuard { public_key, listen_port, fwmark, peers }
         },
     )
 }
@@ -107,7 +109,11 @@ fn any_observed() -> impl Strategy<Value = Observed> {
     let sysctl = prop_oneof![
         Just(Sysctl::Ipv4Forward),
         Just(Sysctl::Ipv6Forward),
-        any_device().prop_map(Sysctl::RpFilter)
+        any_device().prop_map(Sysctl::RpFilter),
+        any_device().prop_map(Sysctl::Forwarding),
+        any_device().prop_map(Sysctl::DisableIpv6),
+        Just(Sysctl::BridgeForwarding("cni0".to_owned())),
+        Just(Sysctl::BridgeDisableIpv6("cni0".to_owned())),
     ];
     let value = prop_oneof![Just("0".to_owned()), Just("1".to_owned()), Just("2".to_owned())];
     (
@@ -122,7 +128,7 @@ fn any_observed() -> impl Strategy<Value = Observed> {
                 NextHop::Unreachable => true,
             };
             let routes = routes.into_iter().filter(|(_, route)| possible(route)).collect();
-            Observed { links, routes, sysctls, ruleset: None }
+            Observed { links, routes, sysctls, ..Observed::default() }
         })
 }
 
@@ -156,13 +162,14 @@ fn any_desired() -> impl Strategy<Value = Desired> {
 fn rank(action: &Action) -> u8 {
     match action {
         Action::SetRuleset(_) => 0,
-        Action::SetSysctl(Sysctl::Ipv4Forward | Sysctl::Ipv6Forward, _) => 1,
+        Action::SetSysctl(sysctl, _) if sysctl.device().is_none() => 1,
         Action::PutRoute(_, Route { next_hop: NextHop::Unreachable, .. }) => 2,
-        Action::AddLink { .. } | Action::SetLinkMtu { .. } => 3,
+        Action::MarkLink(_) | Action::AddLink { .. } | Action::SetLinkMtu { .. } => 3,
         Action::ConfigureWireGuard { change, .. } if change.remove_peers.is_empty() => 4,
+        Action::SetSysctl(Sysctl::DisableIpv6(_), _) => 5,
         Action::AddAddress { .. } => 5,
         Action::SetLinkUp(_) => 6,
-        Action::SetSysctl(Sysctl::RpFilter(_), _) => 7,
+        Action::SetSysctl(..) => 7,
         Action::PutRoute(..) => 8,
         Action::DeleteRoute(_) => 9,
         Action::ConfigureWireGuard { .. } => 10,
@@ -172,7 +179,7 @@ fn rank(action: &Action) -> u8 {
 }
 
 fn check_reached(desired: &Desired, observed: &Observed) -> Result<(), TestCaseError> {
-    prop_assert_eq!(observed.ruleset.as_ref(), Some(&desired.ruleset));
+    prop_assert_eq!(observed.ruleset.as_ref(), Some(&ruleset(desired, observed)));
     for (name, device) in &desired.devices {
         let link = &observed.links[name];
         if !link.ours || link.implementation.is_none() {
@@ -185,12 +192,14 @@ fn check_reached(desired: &Desired, observed: &Observed) -> Result<(), TestCaseE
         prop_assert_eq!(&link.addresses, &device.addresses);
         prop_assert_eq!(state.public_key, Some(device.public_key));
         prop_assert_eq!(state.listen_port, device.listen_port);
+        prop_assert_eq!(state.fwmark, 0);
         prop_assert!(state.peers.keys().eq(device.peers.keys()));
         for (key, peer) in &device.peers {
             let reached = &state.peers[key];
             prop_assert_eq!(&reached.allowed_ips, &peer.allowed_ips);
             let keepalive = reached.persistent_keepalive.filter(|seconds| *seconds != 0);
             prop_assert_eq!(keepalive, peer.persistent_keepalive);
+            prop_assert!(!reached.preshared_key);
         }
         prop_assert_eq!(
             observed.sysctls.get(&Sysctl::RpFilter(*name)).map(String::as_str),
@@ -223,7 +232,12 @@ proptest! {
         prop_assert_eq!(&after.routes, &wanted);
         for session in Session::all() {
             let name = session.device();
-            let is_foreign = |link: &&ObservedLink| !link.ours || link.implementation.is_none();
+            let our_key = desired.devices.get(&name).map(|device| device.public_key);
+            let is_foreign = |link: &&ObservedLink| {
+                let key = link.wireguard.as_ref().and_then(|wireguard| wireguard.public_key);
+                let has_our_key = key.is_some() && key == our_key;
+                !(link.ours || has_our_key) || link.implementation.is_none()
+            };
             if let Some(link) = before.links.get(&name).filter(is_foreign) {
                 prop_assert_eq!(after.links.get(&name), Some(link));
             } else {
@@ -273,6 +287,6 @@ proptest! {
         prop_assert_eq!(desired.routes.len(), 2);
         let mut after = before.clone();
         sim::apply(&Plan::new(&desired, &before), &desired, &mut after);
-        prop_assert_eq!(after.ruleset, Some(desired.ruleset));
+        prop_assert_eq!(after.ruleset.as_ref(), Some(&ruleset(&desired, &after)));
     }
 }
