@@ -1,6 +1,7 @@
 //! What somebody else breaks or changes comes back within a second, and nothing else is
 //! touched.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use gambeson::lab::probe::ping::{Echo, Pinger};
@@ -138,7 +139,7 @@ fn a_killed_tunnel_comes_back_with_its_keys() {
     assert_connected(&lab, "node-1", "node-2");
 }
 
-/// WireGuard says nothing of its changes: a look at the status, or the resync, finds them.
+/// WireGuard says nothing of its changes: the agent looks often enough.
 #[test]
 fn wireguard_itself_is_repaired() {
     let lab = up(userspace());
@@ -153,17 +154,56 @@ fn wireguard_itself_is_repaired() {
         "wg set gambeson0 fwmark 7".to_owned(),
         format!("wg genpsk | wg set gambeson0 peer {peer} preshared-key /dev/stdin"),
     ] {
-        assert_repaired(node, &change, || {
-            run(&environment, &change);
-            node.status().unwrap();
-        });
+        assert_repaired(node, &change, || drop(run(&environment, &change)));
         assert_connected(&lab, "node-1", "node-2");
     }
+}
+
+/// A process that hangs answers nobody, its device is there, and its port is taken.
+#[test]
+fn a_hung_tunnel_is_replaced() {
+    let lab = up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let [before] = &node.tunnels()[..] else { panic!("not one tunnel") };
+    before.signal(Signal::SIGSTOP);
+    within(Duration::from_secs(10), "it is ended", || (!before.is_alive()).then_some(()));
+    assert_connected(&lab, "node-1", "node-2");
+    within(PATIENCE, "no error stays", || node.status().ok()?.errors.is_empty().then_some(()));
+}
+
+/// A program that hangs keeps nothing from being repaired but what it is needed for.
+#[test]
+fn a_hung_nft_is_said_and_the_rest_is_repaired() {
+    let lab = up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let environment = node.environment();
     let before = fingerprint(node);
-    run(&environment, &format!("wg set gambeson0 peer {peer} remove"));
-    within(Duration::from_secs(35), "the resync finds it", || {
-        (fingerprint(node) == before).then_some(())
+    // The agent's own mounts: those of a command are its own.
+    let pid = node.agent().unwrap().pid;
+    let mount = |script: &str| {
+        let output = Command::new("nsenter")
+            .args([&format!("--mount=/proc/{pid}/ns/mnt"), "sh", "-ec", script])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+    };
+    mount(
+        "printf '#!/bin/sh\nexec sleep 600\n' > /run/hung-nft; chmod +x /run/hung-nft
+         mount --bind /run/hung-nft $(readlink -f $(command -v nft))",
+    );
+    run(&environment, "nft flush chain inet gambeson guard_out; ip route flush proto 151");
+    within(PATIENCE, "it is said", || {
+        let errors = node.status().ok()?.errors;
+        errors.iter().any(|e| e.contains("`nft` did not") && e.contains("3 s")).then_some(())
     });
+    within(PATIENCE, "the routes are repaired", || {
+        let routes = run(&environment, "ip route show proto 151");
+        (routes.lines().count() == 2).then_some(())
+    });
+    mount("umount $(readlink -f $(command -v nft))");
+    within(PATIENCE, "the guard is repaired", || (fingerprint(node) == before).then_some(()));
+    within(PATIENCE, "no error stays", || node.status().ok()?.errors.is_empty().then_some(()));
+    assert!(!run(&environment, "ps -eo args").contains("sleep 600"), "it was not ended");
 }
 
 #[test]

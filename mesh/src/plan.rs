@@ -16,8 +16,10 @@ use std::net::SocketAddr;
 use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
-use crate::desired::{Desired, Implementation, NextHop, Route, RouteKey, Ruleset, Sysctl};
-use crate::observed::{ForeignRoute, Observed};
+use crate::desired::{
+    Desired, Implementation, NextHop, Route, RouteKey, Ruleset, Sysctl, WireGuardDevice,
+};
+use crate::observed::{ForeignRoute, Observed, ObservedWireGuard};
 use crate::session::DeviceName;
 
 mod diff;
@@ -122,6 +124,12 @@ impl Plan {
 /// is not trusted.
 pub fn ruleset(desired: &Desired, observed: &Observed) -> Ruleset {
     diff::ruleset(desired, observed)
+}
+
+/// Whether a device has the keys, the port and the peers that it should. Where packets to a
+/// peer go is left out: that follows the peer.
+pub fn is_configured(device: &WireGuardDevice, observed: &ObservedWireGuard) -> bool {
+    wireguard::is_configured(device, observed)
 }
 
 impl WireGuardChange {

@@ -5,6 +5,7 @@
 //! difference. Whatever ends the agent, the data plane and the guard stay as they are, and
 //! the next agent goes on from them.
 
+mod device_watch;
 mod error;
 mod overlap;
 mod pacer;
@@ -13,6 +14,7 @@ mod reconciler;
 mod reporter;
 mod tasks;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gambeson_mesh::NodeName;
@@ -20,6 +22,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
+use device_watch::Devices;
 pub use error::AgentError;
 use pacer::{Cause, Pacer};
 use reconciler::{Pass, Reconciler, chain};
@@ -45,6 +48,10 @@ const LONGEST_RETRY: Duration = Duration::from_secs(5);
 const QUESTIONS: usize = 32;
 /// Kernel messages that are taken together at most.
 const MESSAGES: usize = 4096;
+/// A pass that takes longer is given up: every step of it is whole by itself.
+const LONGEST_PASS: Duration = Duration::from_secs(30);
+/// With nothing going on, the loop goes round at least this often.
+const LONGEST_ROUND: Duration = Duration::from_secs(30 + 30 + 5);
 /// How long a running pass may take after the agent was told to end.
 const LAST_PASS: Duration = Duration::from_secs(5);
 
@@ -84,7 +91,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let (status, last_status) = watch::channel(Status::starting(&node));
     let source = Source::new(last_status, questions);
     tasks.spawn("status socket", status::serve(socket, source.clone()));
-    let reconciles = Reconciles::default();
+    let reconciles = Reconciles::new(LONGEST_ROUND);
     if let Some(listener) = healthz {
         let reconciles = reconciles.clone();
         tasks.spawn_fallible("health and metrics", async move {
@@ -92,12 +99,17 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         });
     }
     let cluster = Cluster::start(&mut tasks, connector, &config, &node);
+    let (devices, devices_left) = watch::channel(None);
+    let (device_changes, devices_changed) = watch::channel(0);
+    tasks.spawn("device watch", device_watch::watch(devices_left, device_changes));
     let agent = Agent {
         reporter: Reporter::new(&node, cluster.events.clone()),
         node,
         reconciler,
         cluster,
         kernel_events,
+        devices,
+        devices_changed,
         asked,
         status,
         reconciles,
@@ -123,6 +135,12 @@ async fn check_networks(config: &Config, connector: &Connector) -> Result<(), Ag
         }
     };
     overlap.map_or(Ok(()), |overlap| Err(AgentError::Overlap(overlap.to_string())))
+}
+
+/// The devices that a pass without problems leaves behind.
+fn as_it_should_be(pass: &Pass) -> Devices {
+    let view = pass.view.as_ref().filter(|_| pass.problems.is_empty())?;
+    Some(Arc::new(view.desired.devices.clone()))
 }
 
 /// Waits until it is known which Node this is.
@@ -195,6 +213,9 @@ struct Agent {
     reporter: Reporter,
     cluster: Cluster,
     kernel_events: Events,
+    /// What the last pass left behind, to be watched.
+    devices: watch::Sender<Devices>,
+    devices_changed: watch::Receiver<u64>,
     asked: mpsc::Receiver<oneshot::Sender<()>>,
     status: watch::Sender<Status>,
     reconciles: Reconciles,
@@ -266,6 +287,10 @@ impl Agent {
                     debug_assert!(changed.is_ok(), "the store is ours");
                     Wake::Look(Cause::Wanted, None)
                 }
+                changed = self.devices_changed.changed() => {
+                    debug_assert!(changed.is_ok(), "the watch never ends");
+                    Wake::Look(Cause::Wanted, None)
+                }
                 Some(answer) = self.asked.recv() => Wake::Look(Cause::Wanted, Some(answer)),
                 event = self.kernel_events.changed(), if pending.is_none() => {
                     if let Err(error) = event {
@@ -302,7 +327,11 @@ impl Agent {
         let started = Instant::now();
         self.cluster.changes.mark_unchanged();
         let Cluster { store, publication, .. } = &self.cluster;
-        let pass = self.reconciler.pass(&self.node, store, publication).await?;
+        let pass = self.reconciler.pass(&self.node, store, publication);
+        let pass = match timeout(LONGEST_PASS, pass).await {
+            Ok(pass) => pass?,
+            Err(_) => self.reconciler.given_up(LONGEST_PASS),
+        };
         if fresh && let Ok(drops) = self.reconciler.guard_drops().await {
             self.reporter.set_drops(&drops);
         }
@@ -311,6 +340,7 @@ impl Agent {
         let report = self.reporter.report(&pass, &self.cluster.troubles(), now);
         self.status.send_replace(report);
         self.reconciles.record(now.duration_since(started), pass.problems.len());
+        self.devices.send_replace(as_it_should_be(&pass));
         self.pacer.ended(cause, started, now, !pass.changes.is_empty());
         self.next_look = now + self.pause(&pass);
         Ok(())

@@ -2,7 +2,7 @@
 //! to the difference, to the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
@@ -204,6 +204,16 @@ impl Reconciler {
         let underlay = inputs.underlay;
         pass.view = Some(View { node_uid, local, underlay, mesh, desired, observed });
         Ok(pass)
+    }
+
+    /// Stands for a pass that did not end in time.
+    pub(super) fn given_up(&self, limit: Duration) -> Pass {
+        let problem = format!(
+            "looking at the kernel and changing it took longer than {} s and was given up; see \
+             what holds this node up",
+            limit.as_secs()
+        );
+        Pass { ready: self.ready, problems: vec![problem], ..Pass::default() }
     }
 
     /// Collects what a pass needs, or says what it waits for.

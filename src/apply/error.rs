@@ -102,6 +102,9 @@ pub enum ApplyError {
     /// `nft` refused something.
     #[error("`nft` failed to {operation}{}: {message}", denied_hint(message))]
     Nft { operation: &'static str, message: String },
+    /// `nft` did not end.
+    #[error("`nft` did not {operation} within {seconds} s and was ended; see what holds it up")]
+    NftHangs { operation: &'static str, seconds: u64 },
     /// What `nft` printed is not what it documents.
     #[error("cannot understand what `nft` printed for table inet gambeson")]
     ParseNft { source: serde_json::Error },

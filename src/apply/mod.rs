@@ -17,20 +17,31 @@ mod wireguard;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{KeyRing, PublicKey};
-use gambeson_mesh::desired::Implementation;
+use gambeson_mesh::desired::{Implementation, Ruleset, WireGuardDevice};
 use gambeson_mesh::observed::{Observed, ObservedLink, ObservedWireGuard};
-use gambeson_mesh::plan::{Action, Plan, WireGuardChange};
+use gambeson_mesh::plan::{self, Action, Plan, WireGuardChange};
 use gambeson_mesh::session::{DeviceName, Session};
 use ipnet::IpNet;
+use tokio::time::timeout;
 
 pub use error::ApplyError;
 pub use events::Events;
 pub use nft::GuardDrops;
 
 use netlink::Netlink;
+
+/// A device that takes longer for an answer deserves a closer look.
+const SOON: Duration = Duration::from_secs(1);
+
+/// Whether a device's process or the kernel answers soon, and the device has the keys, the
+/// port and the peers that it should.
+pub async fn is_configured(name: DeviceName, device: &WireGuardDevice) -> bool {
+    let state = timeout(SOON, wireguard::observe(name, device.implementation)).await;
+    matches!(state, Ok(Ok(Some(state))) if plan::is_configured(device, &state))
+}
 
 /// What of the kernel matters beside what carries our names and marks.
 #[derive(Debug, Clone, Default)]
@@ -102,13 +113,25 @@ impl Kernel {
         let routes = route::observe(&mut self.netlink, &devices, &self.scope.networks).await?;
         (observed.routes, observed.foreign_routes) = routes;
         observed.sysctls = sysctl::observe(devices.into_values(), &self.scope.bridge)?;
-        if let Some(written) = &mut self.ruleset
-            && nft::is_intact(written).await?
-        {
-            observed.ruleset = Some(written.ruleset.clone());
-            self.guard_whole = Some(SystemTime::now());
-        }
+        observed.ruleset = self.observe_guard().await;
         Ok(observed)
+    }
+
+    /// The guard, if it is whole. One that cannot be read is written again like one that is
+    /// not, which tells why, and keeps nothing else from being repaired.
+    async fn observe_guard(&mut self) -> Option<Ruleset> {
+        let written = self.ruleset.as_mut()?;
+        match nft::is_intact(written).await {
+            Ok(true) => {
+                self.guard_whole = Some(SystemTime::now());
+                Some(written.ruleset.clone())
+            }
+            Ok(false) => None,
+            Err(error) => {
+                tracing::debug!(%error, "the guard cannot be read");
+                None
+            }
+        }
     }
 
     /// Carries out a plan in order. A failed action does not stop the next ones; what failed

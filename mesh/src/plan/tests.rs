@@ -149,8 +149,30 @@ fn a_foreign_mark_or_preshared_key_is_taken_away() {
     let [Action::ConfigureWireGuard { change, .. }] = &actions[..] else { panic!("{actions:?}") };
     let peer = PeerChange { clear_preshared_key: true, ..PeerChange::default() };
     let set_peers = [(key(2), peer)].into();
+    assert!(!is_configured(&desired.devices[&device(0)], first_state(&mut observed)));
     let expected = WireGuardChange { clear_fwmark: true, set_peers, ..WireGuardChange::default() };
     assert_eq!(*change, expected);
+}
+
+#[test]
+fn a_configuration_is_compared_without_its_endpoints() {
+    type Damage = fn(&mut crate::observed::ObservedWireGuard);
+    let (desired, settled) = settled();
+    let damages: [(bool, Damage); 7] = [
+        (true, |_| {}),
+        (true, |state| state.peers.get_mut(&key(2)).unwrap().endpoint = None),
+        (false, |state| state.public_key = None),
+        (false, |state| state.listen_port = 7),
+        (false, |state| _ = state.peers.remove(&key(2))),
+        (false, |state| _ = state.peers.insert(key(9), Default::default())),
+        (false, |state| _ = state.peers.get_mut(&key(2)).unwrap().allowed_ips.pop_first()),
+    ];
+    for (number, (is, damage)) in damages.into_iter().enumerate() {
+        let mut observed = settled.clone();
+        damage(first_state(&mut observed));
+        let state = first_state(&mut observed);
+        assert_eq!(is_configured(&desired.devices[&device(0)], state), is, "{number}");
+    }
 }
 
 #[test]

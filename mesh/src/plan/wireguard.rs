@@ -37,6 +37,18 @@ pub(super) fn removals(desired: &WireGuardDevice, observed: &ObservedWireGuard) 
     WireGuardChange { remove_peers, ..WireGuardChange::default() }
 }
 
+/// Whether nothing is to be set or removed, endpoints aside: they follow the peers.
+pub(super) fn is_configured(desired: &WireGuardDevice, observed: &ObservedWireGuard) -> bool {
+    let mut change = additions(desired, observed);
+    for (key, peer) in &mut change.set_peers {
+        if observed.peers.contains_key(key) {
+            peer.endpoint = None;
+        }
+    }
+    change.set_peers.retain(|_, peer| !peer.is_empty());
+    change.is_empty() && removals(desired, observed).is_empty()
+}
+
 fn peer_change(desired: &WireGuardPeer, observed: Option<&ObservedPeer>) -> Option<PeerChange> {
     let new = ObservedPeer::default();
     let peer = observed.unwrap_or(&new);

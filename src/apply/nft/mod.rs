@@ -13,15 +13,19 @@
 mod render;
 
 use std::process::Stdio;
+use std::time::Duration;
 
 use gambeson_mesh::desired::Ruleset;
 use serde_json::Value;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
+use tokio::time::timeout;
 
 use super::{ApplyError, generation};
 use render::{IN, OUT, fits, render, render_anew};
 
+/// It takes some ten milliseconds; then it hangs.
+const ANSWER: Duration = Duration::from_secs(3);
 /// How often a write is repeated when somebody else changes the ruleset at the same time.
 const ATTEMPTS: usize = 10;
 
@@ -191,7 +195,11 @@ async fn run(
             tracing::debug!(%error, "nft did not read its input");
         }
     }
-    let output = child.wait_with_output().await.map_err(failed)?;
+    // Dropped, it is killed.
+    let Ok(output) = timeout(ANSWER, child.wait_with_output()).await else {
+        return Err(ApplyError::NftHangs { operation, seconds: ANSWER.as_secs() });
+    };
+    let output = output.map_err(failed)?;
     if output.status.success() {
         return Ok(output.stdout);
     }

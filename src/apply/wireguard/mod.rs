@@ -7,6 +7,7 @@
 //! removed with it.
 
 mod kernel;
+mod process;
 #[cfg(test)]
 mod tests;
 mod userspace;
@@ -24,7 +25,7 @@ use ipnet::IpNet;
 
 use super::ApplyError;
 
-pub(super) use userspace::{retire, start};
+pub(super) use process::{retire, start};
 
 /// Prefixes of one peer in one request; a netlink message has room for about 180.
 const PREFIXES_PER_ENTRY: usize = 64;

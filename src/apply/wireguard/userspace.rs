@@ -1,5 +1,5 @@
-//! Userspace devices: the process of `gambeson tunnel`, and the WireGuard cross-platform
-//! UAPI (<https://www.wireguard.com/xplatform/>) on its socket.
+//! Userspace devices: the WireGuard cross-platform UAPI
+//! (<https://www.wireguard.com/xplatform/>) on the socket of their process.
 //!
 //! wireguard-control speaks it too, but waits for ever for a process that hangs, starts
 //! another program when the socket is not there, and loses errno, which tells a taken port.
@@ -8,97 +8,20 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
 use gambeson_keys::PublicKey;
-use gambeson_mesh::desired::LINK_ALIAS;
 use gambeson_mesh::observed::{ObservedPeer, ObservedWireGuard};
 use gambeson_mesh::session::DeviceName;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
-use tokio::process::Command;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
+use super::process::socket;
 use super::{Update, age, invalid, public_key};
-use crate::apply::ApplyError;
 
-/// Where userspace WireGuard implementations put their sockets.
-const SOCKETS: &str = "/var/run/wireguard";
 /// A device that takes longer for an answer hangs.
-const ANSWER: Duration = Duration::from_secs(5);
-/// A device takes this long to get ready at most.
-const START: Duration = Duration::from_secs(10);
-/// A process whose device is gone ends within this time, or is killed.
-const END: Duration = Duration::from_secs(2);
-const POLL: Duration = Duration::from_millis(10);
-
-/// Starts the device's process, which outlives this one, and waits until it answers.
-pub(in crate::apply) async fn start(
-    program: &Path,
-    device: DeviceName,
-    mtu: u32,
-) -> Result<(), ApplyError> {
-    let failed =
-        |source| ApplyError::StartTunnel { device, program: program.display().to_string(), source };
-    let child = Command::new(program)
-        .args(["tunnel", device.as_str(), "--alias", LINK_ALIAS, "--mtu", &mtu.to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(failed)?;
-    let Ok(output) = timeout(START, child.wait_with_output()).await else {
-        return Err(ApplyError::TunnelHangs { device, seconds: START.as_secs() });
-    };
-    let output = output.map_err(failed)?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let message = String::from_utf8_lossy(&output.stderr);
-    let message = message.trim().trim_start_matches("gambeson: ").to_owned();
-    Err(ApplyError::Tunnel { device, status: output.status, message })
-}
-
-/// Waits until no process serves the device any more, so that a new one does not meet the
-/// old one's socket and port. A process that does not end is killed.
-pub(in crate::apply) async fn retire(device: DeviceName) {
-    let Some(pid) = server(device).await else { return };
-    for attempt in ["end", "die"] {
-        if timeout(END, gone(device)).await.is_ok() {
-            return;
-        }
-        tracing::warn!(%device, pid, "a tunnel process without its device does not {attempt}");
-        if let Err(error) = kill(Pid::from_raw(pid), Signal::SIGKILL) {
-            tracing::warn!(%device, pid, %error, "cannot kill the tunnel process");
-            return;
-        }
-    }
-}
-
-/// The process that serves a device.
-async fn server(device: DeviceName) -> Option<i32> {
-    let stream = UnixStream::connect(socket(device)).await.ok()?;
-    stream.peer_cred().ok()?.pid().filter(|pid| *pid > 1)
-}
-
-/// Waits until nobody accepts connections for a device. One that hangs still does, or has a
-/// full queue of them.
-async fn gone(device: DeviceName) {
-    loop {
-        match UnixStream::connect(socket(device)).await {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => return,
-        }
-        sleep(POLL).await;
-    }
-}
-
+const ANSWER: Duration = Duration::from_secs(4);
 /// Reads a device, or gives `None` when its process is gone or hangs.
 pub(super) async fn read(device: DeviceName) -> Option<ObservedWireGuard> {
     let answer = exchange(device, "get=1\n\n").await;
@@ -131,10 +54,6 @@ async fn exchange(device: DeviceName, request: &str) -> io::Result<String> {
         String::from_utf8(answer).map_err(|_| invalid("an answer that is not text"))
     })
     .await?
-}
-
-fn socket(device: DeviceName) -> PathBuf {
-    Path::new(SOCKETS).join(format!("{device}.sock"))
 }
 
 pub(super) fn render(update: &Update<'_>) -> String {

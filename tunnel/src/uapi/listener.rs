@@ -2,13 +2,13 @@
 
 use std::fs::{self, DirBuilder};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
 
@@ -80,6 +80,14 @@ fn listen_at(path: &Path) -> io::Result<UnixListener> {
     Ok(fd.into())
 }
 
+/// Tries whether somebody listens, without waiting.
+fn connect(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(fd)
+}
+
 /// Removes the socket that a killed process has left, if nobody answers on it.
 fn remove_stale(path: &Path) -> Result<(), TunnelError> {
     let failed = |operation| {
@@ -96,12 +104,34 @@ fn remove_stale(path: &Path) -> Result<(), TunnelError> {
         }
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
+    match connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(failed("remove the stale socket"))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Of a process that hangs, the queue of connections may be full.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(TunnelError::SocketInUse { path: path.to_owned() })
+        }
         Ok(_) => Err(TunnelError::SocketInUse { path: path.to_owned() }),
         Err(error) => Err(failed("connect to")(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_hangs_with_a_full_queue_is_respected() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("wg0.sock");
+        let _hung = listen_at(&path).unwrap();
+        let mut queued = Vec::new();
+        while let Ok(connection) = connect(&path) {
+            queued.push(connection);
+        }
+        let error = Listener::bind(folder.path(), "wg0").err().unwrap().to_string();
+        assert!(error.contains("another process serves"), "{error}");
     }
 }
