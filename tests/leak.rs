@@ -213,6 +213,52 @@ pub(crate) fn rogue_routes(options: Options) {
     assert_connected(&lab, "node-1", "node-2");
 }
 
+/// Guard and routes taken away at once, again and again, under traffic: a third wall stands.
+#[test]
+fn two_walls_taken_away_at_once_leave_a_third() {
+    let lab = up(Options { underlay: Family::Dual, pods: Family::Dual, ..userspace() });
+    let node = lab.node("node-1").unwrap();
+    let [one, two] = [lab.pods()[0], lab.pods()[1]];
+    let addresses = two.addresses();
+    let breach = "nft flush ruleset; ip route flush proto 151; ip -6 route flush proto 151";
+    let watch = Watch::start(&lab);
+    let flood = |watch: &Watch<'_>| {
+        let end = Instant::now() + Duration::from_millis(400);
+        let socket = |address: &IpAddr| {
+            let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            (UdpSocket::bind(any).unwrap(), SocketAddr::new(*address, DISCARD))
+        };
+        let canary = watch.canary;
+        one.netns()
+            .run(|| {
+                let sockets: Vec<_> = addresses.iter().map(socket).collect();
+                while Instant::now() < end {
+                    for (socket, to) in &sockets {
+                        // Refused while there is no route, which is the point.
+                        let _ = socket.send_to(&canary, to);
+                    }
+                }
+            })
+            .unwrap();
+    };
+    for _ in 0..5 {
+        std::thread::scope(|scope| {
+            scope.spawn(|| flood(&watch));
+            std::thread::sleep(Duration::from_millis(50));
+            run(&node.environment(), breach);
+        });
+    }
+    watch.assert_silent();
+    assert_connected(&lab, "node-1", "node-2");
+    // The control: without the third wall too, the same leaves in clear.
+    node.kill_agent().unwrap();
+    let rules = "ip rule delete pref 15100; ip rule delete pref 15101";
+    run(&node.environment(), &format!("{breach}; {rules}"));
+    let open = Watch::start(&lab);
+    flood(&open);
+    open.assert_seen(node.netns().name());
+}
+
 /// The control: without the guard the same packets leave in clear. A new agent closes again.
 fn without_guard(lab: &Lab, node: Node<'_>, one: Pod<'_>, two: Pod<'_>) {
     node.kill_agent().unwrap();

@@ -80,6 +80,8 @@ pub(crate) const RULES: &[&str] = &[
     "nft delete rule inet gambeson guard_out handle \
      $(nft -a list chain inet gambeson guard_out | sed -n 's/.*drop # handle //p' | head -n 1)",
     "nft insert rule inet gambeson guard_out accept",
+    "ip rule flush; ip rule add pref 32766 lookup main; ip rule add pref 32767 lookup default",
+    "ip -6 rule delete pref 15101",
     // The second time while the agent is writing.
     "nft flush chain inet gambeson guard_out; sleep 0.02; nft flush chain inet gambeson guard_out",
 ];

@@ -27,6 +27,8 @@ pub struct Desired {
     pub devices: BTreeMap<DeviceName, WireGuardDevice>,
     /// Routes of ours in the main table.
     pub routes: BTreeMap<RouteKey, Route>,
+    /// Policy routing rules of ours.
+    pub rules: BTreeSet<Rule>,
     /// Kernel settings below `/proc/sys`.
     pub sysctls: BTreeMap<Sysctl, String>,
     /// The fail-closed guard and masquerade rules.
@@ -80,6 +82,40 @@ pub struct RouteKey {
     pub destination: IpNet,
     /// Priority; lower wins.
     pub metric: u32,
+}
+
+/// A policy routing rule: a wall that stands when both the guard and the routes are gone.
+/// What goes to a cluster network finds a route that is more specific than the network itself,
+/// or none: never the default route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rule {
+    /// A cluster network.
+    pub destination: IpNet,
+    /// What happens to packets to it.
+    pub step: RuleStep,
+}
+
+/// The two steps of the wall.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum RuleStep {
+    /// Look into the main table, for routes more specific than the destination
+    /// (`lookup main suppress_prefixlength N`).
+    MoreSpecific,
+    /// Otherwise there is no way (`unreachable`).
+    Unreachable,
+}
+
+impl RuleStep {
+    /// Both, in order.
+    pub const ALL: [Self; 2] = [Self::MoreSpecific, Self::Unreachable];
+
+    /// Priority of the rule; lower is first. The main table's own rule has 32766.
+    pub fn priority(self) -> u32 {
+        match self {
+            Self::MoreSpecific => 15_100,
+            Self::Unreachable => 15_101,
+        }
+    }
 }
 
 /// The rest of a route.

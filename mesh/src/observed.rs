@@ -7,7 +7,7 @@ use std::time::Duration;
 use gambeson_keys::PublicKey;
 use ipnet::IpNet;
 
-use crate::desired::{Implementation, Route, RouteKey, Ruleset, Sysctl};
+use crate::desired::{Implementation, Route, RouteKey, Rule, Ruleset, Sysctl};
 use crate::session::DeviceName;
 
 /// What this node's kernel has under our names and marks.
@@ -19,6 +19,8 @@ pub struct Observed {
     pub routes: BTreeMap<RouteKey, Route>,
     /// Other routes in the main table that lead into the cluster networks.
     pub foreign_routes: BTreeSet<ForeignRoute>,
+    /// Policy routing rules that carry our protocol number.
+    pub rules: BTreeSet<Rule>,
     /// Values of the settings in [`Sysctl`], trimmed; absent where the file does not exist.
     pub sysctls: BTreeMap<Sysctl, String>,
     /// The ruleset in force, or `None` when table `inet gambeson` is missing or is not

@@ -1,7 +1,7 @@
 //! Desired and observed state to ordered actions: guard first, add before delete.
 //!
 //! ```text
-//! guard -> settings -> fail-closed routes            nothing can leave in clear from here on
+//! guard -> settings -> fail-closed routes, rules     nothing can leave in clear from here on
 //! -> links -> keys, ports, peers -> addresses -> up -> device settings -> routes
 //! -> delete routes -> delete peers -> delete addresses -> delete links
 //! ```
@@ -17,7 +17,7 @@ use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
 use crate::desired::{
-    Desired, Implementation, NextHop, Route, RouteKey, Ruleset, Sysctl, WireGuardDevice,
+    Desired, Implementation, NextHop, Route, RouteKey, Rule, Ruleset, Sysctl, WireGuardDevice,
 };
 use crate::observed::{ForeignRoute, Observed, ObservedWireGuard};
 use crate::session::DeviceName;
@@ -67,6 +67,10 @@ pub enum Action {
     PutRoute(RouteKey, Route),
     /// Remove a route of ours.
     DeleteRoute(RouteKey),
+    /// Add a policy routing rule.
+    AddRule(Rule),
+    /// Remove a policy routing rule of ours.
+    DeleteRule(Rule),
 }
 
 /// The difference between a device as it is and as it should be. Fields left `None`, and
@@ -111,6 +115,7 @@ impl Plan {
         let routes = desired.routes.iter();
         let closed = routes.filter(|(_, route)| route.next_hop == NextHop::Unreachable);
         actions.extend(closed.map(|(key, route)| Action::PutRoute(*key, route.clone())));
+        actions.extend(desired.rules.iter().map(|rule| Action::AddRule(*rule)));
         Self { actions, ..Self::default() }
     }
 

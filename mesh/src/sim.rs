@@ -80,6 +80,8 @@ pub(crate) fn step(
             }
             observed.routes.insert(*key, route.clone());
         }
+        Action::AddRule(rule) => _ = observed.rules.insert(*rule),
+        Action::DeleteRule(rule) => assert!(observed.rules.remove(rule), "no {rule:?}"),
         Action::DeleteRoute(key) => {
             assert!(observed.routes.remove(key).is_some(), "no route {key:?}");
         }

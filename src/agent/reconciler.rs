@@ -145,7 +145,7 @@ impl Reconciler {
         };
         let mut plan = Plan::new(&desired, &observed);
         plan.actions.retain(|action| match action {
-            Action::SetRuleset(_) | Action::SetSysctl(..) => true,
+            Action::SetRuleset(_) | Action::SetSysctl(..) | Action::AddRule(_) => true,
             Action::PutRoute(_, route) => route.next_hop == NextHop::Unreachable,
             _ => false,
         });
@@ -564,6 +564,8 @@ fn describe(action: &Action) -> String {
         }
         Action::PutRoute(key, _) => format!("+ route {}", key.destination),
         Action::DeleteRoute(key) => format!("- route {}", key.destination),
+        Action::AddRule(rule) => format!("+ rule to {}", rule.destination),
+        Action::DeleteRule(rule) => format!("- rule to {}", rule.destination),
     }
 }
 

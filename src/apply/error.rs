@@ -2,7 +2,7 @@ use std::io;
 use std::process::ExitStatus;
 
 use gambeson_keys::Generation;
-use gambeson_mesh::desired::RouteKey;
+use gambeson_mesh::desired::{RouteKey, Rule};
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 
@@ -90,6 +90,21 @@ pub enum ApplyError {
     /// A route could not be removed.
     #[error("cannot delete route {} metric {}{}", .key.destination, .key.metric, hint(source))]
     DeleteRoute { key: RouteKey, source: io::Error },
+    /// Policy routing rules could not be read.
+    #[error("cannot read the policy routing rules{}", hint(source))]
+    ReadRules { source: io::Error },
+    /// A policy routing rule could not be added.
+    #[error(
+        "cannot add the policy routing rule {} to {}{}",
+        .rule.step.priority(), .rule.destination, hint(source)
+    )]
+    AddRule { rule: Rule, source: io::Error },
+    /// A policy routing rule could not be removed.
+    #[error(
+        "cannot delete the policy routing rule {} to {}{}",
+        .rule.step.priority(), .rule.destination, hint(source)
+    )]
+    DeleteRule { rule: Rule, source: io::Error },
     /// A kernel setting could not be read.
     #[error("cannot read /proc/sys/{path}{}", hint(source))]
     ReadSysctl { path: String, source: io::Error },
@@ -159,6 +174,8 @@ impl ApplyError {
             | Self::DeleteAddress { source, .. }
             | Self::PutRoute { source, .. }
             | Self::DeleteRoute { source, .. }
+            | Self::AddRule { source, .. }
+            | Self::DeleteRule { source, .. }
             | Self::ReadWireGuard { source, .. }
             | Self::ConfigureWireGuard { source, .. }
             | Self::Subscribe { source, .. }

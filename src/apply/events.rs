@@ -7,8 +7,8 @@ use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket, AsyncSocketExt, TokioSocket};
 use nix::libc::{
     ENOBUFS, RT_TABLE_MAIN, RTM_DELROUTE, RTM_NEWROUTE, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_NETCONF,
-    RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_NETCONF, RTNLGRP_IPV6_ROUTE,
-    RTNLGRP_LINK,
+    RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_NETCONF,
+    RTNLGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE, RTNLGRP_LINK,
 };
 
 use super::netlink::{attributes, split_message};
@@ -52,6 +52,8 @@ impl Events {
             RTNLGRP_IPV6_ROUTE,
             RTNLGRP_IPV4_NETCONF,
             RTNLGRP_IPV6_NETCONF,
+            RTNLGRP_IPV4_RULE,
+            RTNLGRP_IPV6_RULE,
         ];
         let route = join(NETLINK_ROUTE, &groups)
             .map_err(|source| ApplyError::Subscribe { what: "network", source })?;

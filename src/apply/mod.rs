@@ -11,6 +11,7 @@ pub(crate) mod link;
 pub(crate) mod netlink;
 mod nft;
 pub(crate) mod route;
+mod rule;
 mod sysctl;
 mod wireguard;
 
@@ -112,6 +113,7 @@ impl Kernel {
         }
         let routes = route::observe(&mut self.netlink, &devices, &self.scope.networks).await?;
         (observed.routes, observed.foreign_routes) = routes;
+        observed.rules = rule::observe(&mut self.netlink).await?;
         observed.sysctls = sysctl::observe(devices.into_values(), &self.scope.bridge)?;
         observed.ruleset = self.observe_guard().await;
         Ok(observed)
@@ -231,6 +233,8 @@ impl Kernel {
             }
             Action::PutRoute(key, route) => route::put(netlink, *key, route).await,
             Action::DeleteRoute(key) => route::delete(netlink, *key).await,
+            Action::AddRule(rule) => rule::add(netlink, *rule).await,
+            Action::DeleteRule(rule) => rule::delete(netlink, *rule).await,
         }
     }
 

@@ -184,7 +184,7 @@ fn blank(key: RouteKey) -> RouteMessage {
     message
 }
 
-fn family_of(network: IpNet) -> AddressFamily {
+pub(super) fn family_of(network: IpNet) -> AddressFamily {
     match network {
         IpNet::V4(_) => AddressFamily::Inet,
         IpNet::V6(_) => AddressFamily::Inet6,

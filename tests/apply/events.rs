@@ -39,6 +39,8 @@ fn every_kind_of_change_is_an_event() {
             "echo 1 > /proc/sys/net/ipv6/conf/all/forwarding",
             "nft flush chain inet gambeson guard_out",
             "nft flush ruleset",
+            "ip rule add to 10.244.0.0/16 unreachable",
+            "ip -6 rule add to fd00::/48 unreachable",
             "ip link delete gambeson0",
         ] {
             sh(change);

@@ -1,5 +1,6 @@
 use std::fs::File;
-use std::net::{IpAddr, UdpSocket};
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use gambeson_mesh::plan::Action;
 
 use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{setsockopt, sockopt::Mark};
+use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::common::namespace::{attempt, execute, in_namespace, kernel, sh};
 use gambeson::apply::GuardDrops;
@@ -72,7 +74,7 @@ fn a_ruleset_that_is_changed_while_it_is_written_is_not_taken_for_whole() {
             attackers.into_iter().for_each(|attacker| attacker.join().unwrap());
             let observed = kernel.observe().await.unwrap().ruleset;
             let rules = sh("nft list chain inet gambeson guard_out");
-            assert_eq!(observed.is_some(), rules.matches(" drop").count() == 2, "{rules}");
+            assert_eq!(observed.is_some(), rules.matches(" drop").count() == 4, "{rules}");
         }
         execute(&mut kernel, [Action::SetRuleset(ruleset(true))]).await;
         assert_eq!(kernel.observe().await.unwrap().ruleset, Some(ruleset(true)));
@@ -152,11 +154,12 @@ fn in_far<T: Send>(call: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Sends a datagram and gives the address that it came from, as the receiver saw it.
+/// Sends a datagram and gives the address that it came from, as the receiver saw it. One that
+/// the guard stops is an error at the sender.
 fn seen_source(receiver: &UdpSocket, from: &str, mark: u32) -> Option<IpAddr> {
     let sender = UdpSocket::bind((from, 0)).unwrap();
     setsockopt(&sender, Mark, &mark).unwrap();
-    sender.send_to(b"hello", receiver.local_addr().unwrap()).unwrap();
+    sender.send_to(b"hello", receiver.local_addr().unwrap()).ok()?;
     receiver.recv_from(&mut [0; 9]).ok().map(|(_, address)| address.ip())
 }
 
@@ -201,6 +204,38 @@ fn packets_that_arrive_in_clear_are_counted_and_dropped() {
     });
 }
 
+/// A stray RST is a part of no connection, so that it is not masqueraded.
+#[test]
+fn what_connection_tracking_does_not_know_does_not_leave_with_a_pods_source() {
+    in_namespace(async || {
+        make_far();
+        sh("ip addr add 10.244.1.5/32 dev lo");
+        sh(
+            "ip netns exec far nft 'add table inet seen; add chain inet seen in { type filter hook \
+             prerouting priority -400; }; add rule inet seen in ip saddr 10.244.1.5 counter'",
+        );
+        let seen = || sh("ip netns exec far nft list chain inet seen in").contains("packets 1 ");
+        let send_reset = || {
+            let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::TCP)).unwrap();
+            socket.bind(&"10.244.1.5:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+            // Ports 4660 and 80, acknowledging something, five words of header, RST and ACK.
+            let reset = [0x12, 0x34, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x14, 0, 0, 0, 0, 0, 0];
+            let to = "192.0.2.2:80".parse::<SocketAddr>().unwrap();
+            // The sender on this host is told that it was stopped.
+            socket.send_to(&reset, &to.into()).map(drop).map_err(|error| error.kind())
+        };
+        let mut kernel = kernel().await;
+        execute(&mut kernel, [Action::SetRuleset(ruleset(true))]).await;
+        assert_eq!(send_reset(), Err(ErrorKind::PermissionDenied));
+        assert_eq!(kernel.guard_drops().await.unwrap().out_packets, 1);
+        assert!(!seen());
+        // The control, and what holds without --ip-masq: pods' addresses may be routed outside.
+        execute(&mut kernel, [Action::SetRuleset(ruleset(false))]).await;
+        assert_eq!(send_reset(), Ok(()));
+        assert!(seen());
+    });
+}
+
 #[test]
 fn pods_are_masqueraded_to_the_outside_only() {
     in_namespace(async || {
@@ -217,8 +252,18 @@ fn pods_are_masqueraded_to_the_outside_only() {
             sh(&format!("ip -n far route add {pod} dev far0"));
             let receiver = in_far(|| receiver(outside));
             assert_eq!(seen_source(&receiver, pod, 0), node.parse().ok());
-            // kube-proxy's mark, and what the node itself sends, stay as they are.
-            assert_eq!(seen_source(&receiver, pod, 0x4000), pod.parse().ok());
+            // What has kube-proxy's mark is left to it, and stopped if it does nothing.
+            receiver.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+            let before = kernel.guard_drops().await.unwrap().out_packets;
+            assert_eq!(seen_source(&receiver, pod, 0x4000), None);
+            assert_eq!(kernel.guard_drops().await.unwrap().out_packets, before + 1);
+            sh(
+                "nft add table inet kube; nft add chain inet kube post '{ type nat hook postrouting \
+                 priority 90; }'; nft add rule inet kube post meta mark 0x4000 masquerade",
+            );
+            assert_eq!(seen_source(&receiver, pod, 0x4000), node.parse().ok());
+            sh("nft delete table inet kube");
+            // What the node itself sends stays as it is.
             assert_eq!(seen_source(&receiver, node, 0), node.parse().ok());
         }
         execute(&mut kernel, [Action::SetRuleset(ruleset(false))]).await;

@@ -1,7 +1,9 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use gambeson_mesh::desired::{Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteKey, Sysctl};
+use gambeson_mesh::desired::{
+    Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteKey, Rule, RuleStep, Sysctl,
+};
 use gambeson_mesh::plan::{Action, Plan};
 
 use super::firewall::ruleset;
@@ -18,6 +20,13 @@ fn desired() -> Desired {
         routes: ["10.244.0.0/16", "fd00:10:244::/48"]
             .map(|network| (key(network), unreachable.clone()))
             .into(),
+        rules: ["10.244.0.0/16", "fd00:10:244::/48"]
+            .into_iter()
+            .flat_map(|network| {
+                let destination = network.parse().unwrap();
+                RuleStep::ALL.map(|step| Rule { destination, step })
+            })
+            .collect(),
         sysctls: [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward].map(|s| (s, "1".to_owned())).into(),
         ruleset: ruleset(true),
     }
@@ -35,6 +44,11 @@ fn the_plan_after_a_plan_is_empty_and_damage_is_repaired() {
             "nft flush ruleset",
             "ip route del unreachable 10.244.0.0/16",
             "ip -6 route del unreachable fd00:10:244::/48 metric 4294967295",
+            "ip rule del pref 15100",
+            "ip -6 rule del pref 15101",
+            "ip rule flush; ip rule add pref 32766 lookup main; ip -6 rule flush",
+            "ip rule add to 10.244.7.0/24 pref 15101 unreachable proto 151",
+            "ip rule del pref 15100; ip rule add to 10.244.0.0/16 pref 15100 lookup main proto 151",
             "echo 0 > /proc/sys/net/ipv4/ip_forward",
         ];
         for step in damage {

@@ -74,6 +74,7 @@ pub(crate) fn fingerprint(node: Node<'_>) -> String {
         ip -o link show gambeson0 2>&1 | cut -d: -f2-
         ip -o address show dev gambeson0 scope global 2>&1 | cut -d: -f2-
         ip route show proto 151 | sort; ip -6 route show proto 151 | sort
+        ip rule show; ip -6 rule show
         nft -s list table inet gambeson 2>&1
         cd /proc/sys/net
         cat ipv4/ip_forward ipv6/conf/all/forwarding ipv4/conf/gambeson0/rp_filter 2>&1

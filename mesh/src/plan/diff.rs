@@ -120,6 +120,8 @@ impl<'a> Difference<'a> {
                 actions.push(Action::PutRoute(*key, route.clone()));
             }
         }
+        let missing = self.desired.rules.difference(&self.observed.rules);
+        actions.extend(missing.map(|rule| Action::AddRule(*rule)));
     }
 
     fn links(&self, actions: &mut Vec<Action>) {
@@ -207,6 +209,8 @@ impl<'a> Difference<'a> {
     }
 
     fn deletions(&self, actions: &mut Vec<Action>) {
+        let surplus = self.observed.rules.difference(&self.desired.rules);
+        actions.extend(surplus.map(|rule| Action::DeleteRule(*rule)));
         for (key, route) in &self.observed.routes {
             if !self.is_wanted_route(key) && !self.is_flushed(route.next_hop) {
                 actions.push(Action::DeleteRoute(*key));

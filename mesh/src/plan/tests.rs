@@ -78,6 +78,12 @@ fn what_somebody_removed_comes_back_and_nothing_else_is_touched() {
         observed.routes.remove(key);
         assert_eq!(plan(&desired, &observed), [Action::PutRoute(*key, route.clone())]);
     }
+    assert_eq!(desired.rules.len(), 4);
+    for rule in &desired.rules {
+        let mut observed = settled.clone();
+        observed.rules.remove(rule);
+        assert_eq!(plan(&desired, &observed), [Action::AddRule(*rule)]);
+    }
     for (sysctl, value) in &desired.sysctls {
         let mut observed = settled.clone();
         observed.sysctls.insert(sysctl.clone(), "7".to_owned());

@@ -1,10 +1,12 @@
 //! `Mesh + Local -> Desired`. A transport is one pure file; here they come together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use crate::desired::{Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteKey, Ruleset, Sysctl};
+use crate::desired::{
+    Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteKey, Rule, RuleStep, Ruleset, Sysctl,
+};
 use crate::node::Local;
 use crate::session::Session;
 use crate::topology::Mesh;
@@ -19,6 +21,7 @@ const LOOPBACK: &str = "lo";
 pub fn desired(mesh: &Mesh, local: &Local) -> Desired {
     let mut desired = Desired {
         routes: fail_closed(local),
+        rules: rules(local),
         sysctls: settings(local),
         ruleset: ruleset(local),
         ..Desired::default()
@@ -45,6 +48,11 @@ fn fail_closed(local: &Local) -> BTreeMap<RouteKey, Route> {
         .map(|network| RouteKey { destination: network.trunc(), metric: FAIL_CLOSED_METRIC })
         .map(|key| (key, unreachable.clone()))
         .collect()
+}
+
+fn rules(local: &Local) -> BTreeSet<Rule> {
+    let networks = local.cluster_networks.iter().map(IpNet::trunc);
+    networks.flat_map(|destination| RuleStep::ALL.map(|step| Rule { destination, step })).collect()
 }
 
 fn settings(local: &Local) -> BTreeMap<Sysctl, String> {

@@ -71,14 +71,22 @@ fn chains(ruleset: &Ruleset) -> Result<Vec<Chain>, ApplyError> {
     let untrusted =
         |key: &str| trusted.as_ref().map_or(String::new(), |s| format!("{key} != {s} "));
     let (out, inward) = (untrusted("oifname"), untrusted("iifname"));
+    // With masquerade, what still has a pod's source is what connection tracking did not take
+    // for a part of any connection, and so would leave in clear under the pod's name.
+    let stopped: &[&str] = if ruleset.masquerade { &["daddr", "saddr"] } else { &["daddr"] };
     let mut chains = vec![
         Chain {
             name: OUT,
             // After every address translation: what is checked is what would be sent.
             hook: "type filter hook postrouting priority 300; policy accept;",
-            rules: networks.each(|family, set| {
-                format!("{out}{family} daddr {set} counter name \"{OUT}\" drop")
-            }),
+            rules: stopped
+                .iter()
+                .flat_map(|end| {
+                    networks.each(|family, set| {
+                        format!("{out}{family} {end} {set} counter name \"{OUT}\" drop")
+                    })
+                })
+                .collect(),
         },
         Chain {
             name: IN,

@@ -5,7 +5,7 @@ use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
-use crate::desired::Sysctl;
+use crate::desired::{RuleStep, Sysctl};
 use crate::observed::{ObservedPeer, ObservedWireGuard};
 use crate::session::Session;
 use crate::topology::Mesh;
@@ -128,7 +128,9 @@ fn any_observed() -> impl Strategy<Value = Observed> {
                 NextHop::Unreachable => true,
             };
             let routes = routes.into_iter().filter(|(_, route)| possible(route)).collect();
-            Observed { links, routes, sysctls, ..Observed::default() }
+            let destination = net("10.245.0.0/16");
+            let rules = [Rule { destination, step: RuleStep::Unreachable }].into();
+            Observed { links, routes, rules, sysctls, ..Observed::default() }
         })
 }
 
@@ -164,6 +166,7 @@ fn rank(action: &Action) -> u8 {
         Action::SetRuleset(_) => 0,
         Action::SetSysctl(sysctl, _) if sysctl.device().is_none() => 1,
         Action::PutRoute(_, Route { next_hop: NextHop::Unreachable, .. }) => 2,
+        Action::AddRule(_) => 2,
         Action::MarkLink(_) | Action::AddLink { .. } | Action::SetLinkMtu { .. } => 3,
         Action::ConfigureWireGuard { change, .. } if change.remove_peers.is_empty() => 4,
         Action::SetSysctl(Sysctl::DisableIpv6(_), _) => 5,
@@ -171,7 +174,7 @@ fn rank(action: &Action) -> u8 {
         Action::SetLinkUp(_) => 6,
         Action::SetSysctl(..) => 7,
         Action::PutRoute(..) => 8,
-        Action::DeleteRoute(_) => 9,
+        Action::DeleteRule(_) | Action::DeleteRoute(_) => 9,
         Action::ConfigureWireGuard { .. } => 10,
         Action::DeleteAddress { .. } => 11,
         Action::DeleteLink(_) => 12,
@@ -230,6 +233,7 @@ proptest! {
             !matches!(route.next_hop, NextHop::Device(name) if foreign(name))
         }).collect();
         prop_assert_eq!(&after.routes, &wanted);
+        prop_assert_eq!(&after.rules, &desired.rules);
         for session in Session::all() {
             let name = session.device();
             let our_key = desired.devices.get(&name).map(|device| device.public_key);
