@@ -122,6 +122,26 @@ fn an_outage_changes_nothing_and_what_changed_meanwhile_is_taken_up() {
     assert!(reports.iter().all(FlowReport::is_perfect), "{reports:?}");
 }
 
+/// A connection whose other end went without a word, as with a load balancer that is gone.
+#[test]
+fn a_connection_that_is_dead_without_a_word_is_noticed() {
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let cut = "nft add table inet cut
+               nft add chain inet cut out '{ type filter hook output priority 0; }'
+               nft add chain inet cut in '{ type filter hook input priority 0; }'
+               nft add rule inet cut out ip daddr 192.168.240.254 drop
+               nft add rule inet cut in ip saddr 192.168.240.254 drop";
+    run(&node.environment(), cut);
+    let status = status_when(node, "notices", |status| !status.errors.is_empty());
+    assert!(status.errors[0].contains("cannot follow the Nodes"), "{status}");
+    lab.api().unwrap().create_node(&stranger(90)).unwrap();
+    run(&node.environment(), "nft delete table inet cut");
+    status_when(node, "goes on", |status| {
+        peers(status).contains(&"stranger-90") && status.errors.is_empty()
+    });
+}
+
 // Fault 5.
 /// What a former agent left in the devices is enough to keep the mesh whole.
 #[test]

@@ -114,7 +114,7 @@ impl Node {
             .env("CNI_COMMAND", call.command)
             .env("CNI_CONTAINERID", call.container_id)
             .env("CNI_NETNS", call.netns)
-            .env("CNI_IFNAME", "eth0")
+            .env("CNI_IFNAME", call.interface)
             .env("CNI_PATH", format!("{}:{REFERENCE_PLUGINS}", self.folder.path().display()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -126,7 +126,7 @@ impl Node {
     }
 
     fn call(&self, command: &str, pod: &Netns, conf: &Value) -> Result<Value, Value> {
-        let call = Call { command, container_id: "c0ffee", netns: &pod.path() };
+        let call = Call { command, container_id: "c0ffee", interface: "eth0", netns: &pod.path() };
         outcome(&self.run(&self.path("gambeson-cni"), &call, conf.to_string().as_bytes()))
     }
 
@@ -148,6 +148,7 @@ impl Node {
 struct Call<'a> {
     command: &'a str,
     container_id: &'a str,
+    interface: &'a str,
     netns: &'a Path,
 }
 
@@ -187,6 +188,36 @@ fn mtu(netns: &Netns, link: &str) -> u64 {
 
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+/// Several networks of one pod, as Multus attaches them.
+#[test]
+fn each_interface_of_a_container_is_deleted_with_its_own_state() {
+    let (node, pod) = (Node::new(IPV4), Netns::new());
+    let path = pod.path();
+    let call = |command, interface| {
+        let call = Call { command, container_id: "c0ffee", interface, netns: &path };
+        let conf = node.conf().to_string();
+        outcome(&node.run(&node.path("gambeson-cni"), &call, conf.as_bytes())).unwrap()
+    };
+    for order in [["eth0", "net1"], ["net1", "eth0"]] {
+        call("ADD", order[0]);
+        call("ADD", order[1]);
+        assert_eq!(node.leases().len(), 2, "{order:?}");
+        // One that never was changes nothing.
+        call("DEL", "net2");
+        call("DEL", "net1");
+        assert_eq!(node.leases().len(), 1, "{order:?}");
+        call("DEL", "eth0");
+        assert_eq!(node.leases(), Vec::<String>::new(), "{order:?}");
+        assert_eq!(fs::read_dir(node.path("data")).unwrap().count(), 0, "{order:?}");
+    }
+    // A former version's, or Flannel's, is under the container's name alone.
+    call("ADD", "net1");
+    fs::rename(node.path("data/c0ffee:net1"), node.path("data/c0ffee")).unwrap();
+    call("DEL", "net1");
+    assert_eq!(node.leases(), Vec::<String>::new());
+    assert_eq!(fs::read_dir(node.path("data")).unwrap().count(), 0);
 }
 
 #[test]
@@ -244,7 +275,8 @@ fn the_name_flannel_and_a_file_that_flannel_saved_work() {
     let mut conf = node.conf();
     conf["cniVersion"] = "0.3.1".into();
     let pod_path = pod.path();
-    let call = |command| Call { command, container_id: "c0ffee", netns: &pod_path };
+    let call =
+        |command| Call { command, container_id: "c0ffee", interface: "eth0", netns: &pod_path };
     let flannel = node.path("flannel");
     let stdin = conf.to_string();
     outcome(&node.run(&flannel, &call("ADD"), stdin.as_bytes())).unwrap();
@@ -265,7 +297,8 @@ fn a_failing_add_leaves_nothing_behind_and_spares_an_earlier_one() {
     let (node, pod) = (Node::new(IPV4), Netns::new());
     let stdin = node.conf().to_string();
     let nowhere = node.path("no-namespace");
-    let failing = Call { command: "ADD", container_id: "c0ffee", netns: &nowhere };
+    let failing =
+        Call { command: "ADD", container_id: "c0ffee", interface: "eth0", netns: &nowhere };
     let plugin = node.path("gambeson-cni");
     let error = outcome(&node.run(&plugin, &failing, stdin.as_bytes())).unwrap_err();
     assert!(error["msg"].as_str().unwrap().contains("no-namespace"), "{error}");
@@ -333,7 +366,7 @@ fn hostile_calls_get_a_cni_error() {
     fs::write(&outside, "{}").unwrap();
     for command in ["ADD", "CHECK", "DEL", "GC", "add", ""] {
         for container_id in ["../outside", "/etc/passwd", "..", "", "a b"] {
-            let call = Call { command, container_id, netns: &outside };
+            let call = Call { command, container_id, interface: "eth0", netns: &outside };
             let output = node.run(&plugin, &call, conf.as_bytes());
             if command.is_empty() {
                 assert!(output.status.success() && output.stdout.is_empty());
@@ -347,7 +380,7 @@ fn hostile_calls_get_a_cni_error() {
     let huge = format!("{}{conf}", " ".repeat(9 << 20));
     for stdin in ["", "{", "null", "[]", "\"\\ud800\"", "{\"name\":\"n\"}{}", &deep, &huge] {
         for command in ["ADD", "CHECK", "DEL"] {
-            let call = Call { command, container_id: "c", netns: &outside };
+            let call = Call { command, container_id: "c", interface: "eth0", netns: &outside };
             let error = outcome(&node.run(&plugin, &call, stdin.as_bytes())).unwrap_err();
             assert_eq!(error["code"], 6, "{error}");
         }
@@ -370,7 +403,7 @@ fn any_standard_input_gets_an_answer() {
             stdin.extend(&conf[at..]);
         }
         for command in ["ADD", "DEL"] {
-            let call = Call { command, container_id: "c", netns: &nowhere };
+            let call = Call { command, container_id: "c", interface: "eth0", netns: &nowhere };
             let _ = outcome(&node.run(&plugin, &call, &stdin));
         }
     });
@@ -406,7 +439,7 @@ fn install_cni_gives_a_plugin_that_attaches_pods() {
     }
     conf["delegate"] = conflist["plugins"][0]["delegate"].take();
     for (command, program) in [("ADD", &plugin), ("DEL", &bin.join("flannel"))] {
-        let call = Call { command, container_id: "c0ffee", netns: &pod.path() };
+        let call = Call { command, container_id: "c0ffee", interface: "eth0", netns: &pod.path() };
         outcome(&node.run(program, &call, conf.to_string().as_bytes())).unwrap();
     }
 

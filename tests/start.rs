@@ -225,6 +225,17 @@ fn without_a_pod_cidr_it_waits_and_says_so() {
     assert!(status.ready);
 }
 
+/// A signal mask is inherited: whoever starts the agent may have blocked what ends it.
+#[test]
+fn a_blocked_signal_ends_the_agent_all_the_same() {
+    let lab = lab();
+    let node = lab.node("node-1").unwrap();
+    let block = ["env", "--block-signal=TERM", "timeout", "--kill-after=5", "3"];
+    let output = agent(node, &block, &[]);
+    assert_eq!(output.status.code(), Some(124), "{}", both(&output));
+    assert!(both(&output).contains("ending; devices, routes and the guard stay"));
+}
+
 #[test]
 fn without_its_node_it_waits_and_says_so() {
     let lab = lab();

@@ -11,6 +11,7 @@ mod tunnel;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use nix::sys::signal::SigSet;
 
 pub use failure::Failure;
 
@@ -35,6 +36,10 @@ enum Command {
 /// Runs the command line of this process. By the file names `gambeson-cni` and `flannel` the
 /// binary is the CNI plugin; by the file name `gambeson-tunnel` it is `gambeson tunnel`.
 pub fn main() -> ExitCode {
+    // Whoever started this process may have blocked signals, and a mask is inherited.
+    if let Err(error) = SigSet::empty().thread_set_mask() {
+        eprintln!("gambeson: cannot unblock signals: {error}");
+    }
     if cni::invoked_as_plugin() {
         return cni::run(&cni::Args {});
     }

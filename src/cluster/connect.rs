@@ -4,15 +4,26 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
 use k8s_openapi::api::core::v1::Pod;
+use kube::client::{Body, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 use tokio::time::timeout;
+use tower::{BoxError, ServiceBuilder};
 
 use crate::config::NodeIdentity;
 
 /// Longest wait for a connection, and for an answer, before it is given up.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A watch may be silent for minutes. After this time without a packet the other end is asked
+/// whether it is there, and again in this interval, so that a dead connection is noticed
+/// within 20 s.
+const SILENCE: Duration = Duration::from_secs(8);
+const PROBE_INTERVAL: Duration = Duration::from_secs(4);
+const PROBES: u32 = 3;
 
 /// Makes clients of one API server. Credentials are read again for each, so that a renewed
 /// kubeconfig or token is picked up without a restart.
@@ -115,12 +126,9 @@ impl Connector {
     /// # Errors
     /// [`ConnectError`], when the configuration cannot be used.
     pub async fn client(&self) -> Result<Client, ConnectError> {
-        let mut config = self.config().await?;
-        config.connect_timeout = Some(self.patience);
-        // Retries are the callers' business: they know when an answer no longer matters.
-        config.default_retry = false;
+        let config = self.config().await?;
         let server = config.cluster_url.to_string();
-        Client::try_from(config)
+        client_of(&config, self.patience)
             .map_err(|source| ConnectError::Client { server, source: Box::new(source) })
     }
 
@@ -148,6 +156,28 @@ impl Connector {
             Err(_) => Err(RequestError::Timeout(self.patience)),
         }
     }
+}
+
+/// kube's own stack, less retries, which are the callers' business: they know when an answer
+/// no longer matters. Its connections notice when the other end is gone without a word.
+fn client_of(config: &Config, patience: Duration) -> Result<Client, kube::Error> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(patience));
+    tcp.set_keepalive(Some(SILENCE));
+    tcp.set_keepalive_interval(Some(PROBE_INTERVAL));
+    tcp.set_keepalive_retries(Some(PROBES));
+    tcp.set_tcp_user_timeout(Some(SILENCE + PROBE_INTERVAL * PROBES));
+    let connector = config.rustls_https_connector_with_connector(tcp)?;
+    let transport = hyper_util::client::legacy::Client::builder(TokioExecutor::new());
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(transport.build::<_, Body>(connector));
+    Ok(Client::new(service, config.default_namespace.clone()))
 }
 
 async fn from_kubeconfig(path: &Path) -> Result<Config, ConnectError> {

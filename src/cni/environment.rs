@@ -29,6 +29,7 @@ pub enum Command {
 pub struct Environment {
     pub(super) command: Command,
     pub(super) container_id: String,
+    pub(super) interface: String,
     pub(super) path: OsString,
 }
 
@@ -77,12 +78,17 @@ impl Environment {
         if !missing.is_empty() {
             return Err(CniError::MissingVariables(missing));
         }
-        let mut container_id = String::new();
+        let (mut container_id, mut interface) = (String::new(), String::new());
         if command != Command::Version {
             container_id = text(CONTAINER_ID, variable(CONTAINER_ID), is_identifier, IDENTIFIER)?;
-            text(IFNAME, variable(IFNAME), is_interface_name, INTERFACE_NAME)?;
+            interface = text(IFNAME, variable(IFNAME), is_interface_name, INTERFACE_NAME)?;
         }
-        Ok(Some(Self { command, container_id, path: variable(PATH).unwrap_or_default() }))
+        Ok(Some(Self {
+            command,
+            container_id,
+            interface,
+            path: variable(PATH).unwrap_or_default(),
+        }))
     }
 }
 

@@ -68,7 +68,7 @@ fn configured(
     let mut bytes = Vec::new();
     stdin.take(LARGEST_CONFIGURATION).read_to_end(&mut bytes).map_err(CniError::Stdin)?;
     let conf = NetConf::parse(&bytes)?;
-    let saved = Saved::of(conf.data_dir(), &environment.container_id);
+    let saved = Saved::of(&conf.data_dir(), environment);
     command(environment, &conf, &saved).map_err(|error| ErrorReport::new(conf.version(), &error))
 }
 
@@ -131,7 +131,8 @@ mod tests {
     use super::*;
 
     fn environment(command: Command) -> Environment {
-        Environment { command, container_id: "c".into(), path: "/nonexistent".into() }
+        let path = "/nonexistent".into();
+        Environment { command, container_id: "c".into(), interface: "eth0".into(), path }
     }
 
     fn conf(directory: &Path) -> Value {

@@ -1,23 +1,41 @@
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use super::CniError;
+use super::{CniError, Environment};
 use crate::files;
 
 const DIRECTORY_MODE: u32 = 0o700;
 const FILE_MODE: u32 = 0o600;
 
-/// The delegate's configuration of one container, kept from ADD to DEL.
+/// The interface that Kubernetes gives a pod.
+const FIRST_INTERFACE: &str = "eth0";
+
+/// The delegate's configuration of one interface of a container, kept from ADD to DEL.
+///
+/// It is in `ID:INTERFACE`, and that of eth0 in `ID` too, where Flannel's plugin keeps what it
+/// has, one per container, and looks for it. An `ID` without `ID:eth0` is Flannel's, or of a
+/// version that did likewise, and stands for whatever interface there is.
 #[derive(Debug)]
 pub(super) struct Saved {
     path: PathBuf,
+    /// The file under the container's name alone.
+    shared: PathBuf,
+    /// Whether that file is this interface's, or else of `first`.
+    is_first: bool,
+    first: PathBuf,
 }
 
 impl Saved {
-    /// The file of `container_id`, which must be checked already, in `data_dir`.
-    pub(super) fn of(data_dir: PathBuf, container_id: &str) -> Self {
-        Self { path: data_dir.join(container_id) }
+    /// The file of an interface of a container, whose names must be checked already.
+    pub(super) fn of(data_dir: &Path, environment: &Environment) -> Self {
+        let Environment { container_id, interface, .. } = environment;
+        Self {
+            path: data_dir.join(format!("{container_id}:{interface}")),
+            shared: data_dir.join(container_id),
+            is_first: interface == FIRST_INTERFACE,
+            first: data_dir.join(format!("{container_id}:{FIRST_INTERFACE}")),
+        }
     }
 
     pub(super) fn path(&self) -> PathBuf {
@@ -26,26 +44,49 @@ impl Saved {
 
     /// The saved bytes, or `None` when there is no file.
     pub(super) fn load(&self) -> Result<Option<Vec<u8>>, CniError> {
-        match fs::read(&self.path) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(CniError::Load { path: self.path(), source }),
+        match load(&self.path)? {
+            None if self.owns_shared() => load(&self.shared),
+            found => Ok(found),
         }
     }
 
     pub(super) fn store(&self, bytes: &[u8]) -> Result<(), CniError> {
-        let directory = self.path.parent().unwrap_or(&self.path);
-        files::create_directory(directory, DIRECTORY_MODE)
-            .and_then(|()| files::write_atomic(&self.path, bytes, FILE_MODE))
-            .map_err(|source| CniError::Save { path: self.path(), source })
+        store(&self.path, bytes)?;
+        if self.is_first { store(&self.shared, bytes) } else { Ok(()) }
     }
 
     pub(super) fn remove(&self) -> Result<(), CniError> {
-        match fs::remove_file(&self.path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(CniError::Remove { path: self.path(), source })
-            }
-            _ => Ok(()),
+        let owns_shared = self.owns_shared();
+        remove(&self.path)?;
+        if owns_shared { remove(&self.shared) } else { Ok(()) }
+    }
+
+    /// Whether the container's file is this interface's as far as can be told.
+    fn owns_shared(&self) -> bool {
+        self.is_first || (!self.path.exists() && !self.first.exists())
+    }
+}
+
+fn load(path: &Path) -> Result<Option<Vec<u8>>, CniError> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(CniError::Load { path: path.to_owned(), source }),
+    }
+}
+
+fn store(path: &Path, bytes: &[u8]) -> Result<(), CniError> {
+    let directory = path.parent().unwrap_or(path);
+    files::create_directory(directory, DIRECTORY_MODE)
+        .and_then(|()| files::write_atomic(path, bytes, FILE_MODE))
+        .map_err(|source| CniError::Save { path: path.to_owned(), source })
+}
+
+fn remove(path: &Path) -> Result<(), CniError> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(CniError::Remove { path: path.to_owned(), source })
         }
+        _ => Ok(()),
     }
 }
