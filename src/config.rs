@@ -9,6 +9,7 @@ use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport};
 use ipnet::IpNet;
 use regex::Regex;
 
+use crate::cni::DEFAULT_BRIDGE;
 use crate::underlay::Choice;
 
 /// Where the agent answers `gambeson status`.
@@ -157,7 +158,7 @@ pub struct Options {
         long,
         env = "GAMBESON_BRIDGE",
         value_name = "NAME",
-        default_value = "cni0",
+        default_value = DEFAULT_BRIDGE,
         hide_short_help = true
     )]
     pub bridge: String,

@@ -225,6 +225,29 @@ fn without_a_pod_cidr_it_waits_and_says_so() {
     assert!(status.ready);
 }
 
+/// Pods go on the bridge that the guard trusts, and what an operator added stays.
+#[test]
+fn another_bridge_is_told_to_the_cni_plugin() {
+    let lab = lab();
+    let node = lab.node("node-1").unwrap();
+    let file = "/run/cni/net.d/10-flannel.conflist";
+    let own = r#"{"name":"cbr0","plugins":[{"type":"flannel","delegate":{"vlan":7}}]}"#;
+    shell(node, &format!("mkdir -p /run/cni/net.d; echo '{own}' > {file}"));
+    agent(node, &["timeout", "3"], &["--bridge", "br7"]);
+    let written: serde_json::Value =
+        serde_json::from_str(&shell(node, &format!("cat {file}"))).unwrap();
+    let expected = json!({ "type": "gambeson-cni", "delegate": { "vlan": 7, "bridge": "br7" } });
+    assert_eq!(written, json!({ "name": "cbr0", "plugins": [expected] }));
+    let rules = shell(node, "nft list chain inet gambeson guard_out");
+    assert!(rules.contains("\"br7\"") && !rules.contains("cni0"), "{rules}");
+    // An agent with another idea of it changes nothing and says why.
+    let output = agent(node, &["timeout", "3"], &["--bridge", "br8"]);
+    assert!(both(&output).contains("but the agent's --bridge is br8"), "{}", both(&output));
+    let after: serde_json::Value =
+        serde_json::from_str(&shell(node, &format!("cat {file}"))).unwrap();
+    assert_eq!(after, written);
+}
+
 /// A signal mask is inherited: whoever starts the agent may have blocked what ends it.
 #[test]
 fn a_blocked_signal_ends_the_agent_all_the_same() {

@@ -501,7 +501,7 @@ impl Reconciler {
         }
         let handed = self.write_subnet_env(local).and_then(|()| {
             let dir = &self.config.cni_conf_dir;
-            if write_conflist(dir).map_err(|error| chain(&error))? {
+            if write_conflist(dir, &self.config.bridge).map_err(|error| chain(&error))? {
                 info!(folder = %dir.display(), "wrote the CNI configuration");
             }
             Ok(())

@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 
 use super::Failure;
+use crate::cni::DEFAULT_BRIDGE;
 use crate::cni::install::{self, FlannelName};
 
 /// Install the CNI plugin and its configuration on this node.
@@ -22,6 +23,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR", env = "CNI_CONF_DIR", default_value = install::DEFAULT_CONF_DIR)]
     cni_conf_dir: PathBuf,
 
+    /// Bridge that pods are attached to, as the agent's --bridge
+    #[arg(long, value_name = "NAME", env = "GAMBESON_BRIDGE", default_value = DEFAULT_BRIDGE)]
+    bridge: String,
+
     /// Install the plugin but not its configuration
     #[arg(long)]
     binary_only: bool,
@@ -39,7 +44,7 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
     }
     if !args.binary_only {
         let path = args.cni_conf_dir.join(install::CONFLIST_NAME);
-        match install::write_conflist(&args.cni_conf_dir)? {
+        match install::write_conflist(&args.cni_conf_dir, &args.bridge)? {
             true => println!("wrote {}", path.display()),
             false => println!("{} is up to date", path.display()),
         }

@@ -200,7 +200,7 @@ fn path_or(path: &Option<PathBuf>, default: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cni::install::CONFLIST;
+    use crate::cni::conflist;
 
     const IPV4: &str = "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\n\
                         FLANNEL_MTU=1440\nFLANNEL_IPMASQ=true\n";
@@ -217,7 +217,7 @@ mod tests {
 
     #[test]
     fn the_installed_configuration_gives_flannels_bytes() {
-        let mut conflist: Value = serde_json::from_str(CONFLIST).unwrap();
+        let mut conflist: Value = serde_json::from_str(conflist::DEFAULT).unwrap();
         let mut conf = conflist["plugins"][0].take();
         conf["name"] = conflist["name"].take();
         conf["cniVersion"] = conflist["cniVersion"].take();

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::conflist;
 use crate::files;
 
 /// Where container runtimes look for CNI plugins.
@@ -18,28 +19,6 @@ pub const CONFLIST_NAME: &str = "10-flannel.conflist";
 pub const PLUGIN_NAME: &str = "gambeson-cni";
 /// The other name the plugin answers to, for configurations that Flannel wrote.
 pub const FLANNEL_NAME: &str = "flannel";
-
-/// The configuration that makes pods use the plugin.
-pub const CONFLIST: &str = r#"{
-  "name": "cbr0",
-  "cniVersion": "0.3.1",
-  "plugins": [
-    {
-      "type": "gambeson-cni",
-      "delegate": {
-        "hairpinMode": true,
-        "isDefaultGateway": true
-      }
-    },
-    {
-      "type": "portmap",
-      "capabilities": {
-        "portMappings": true
-      }
-    }
-  ]
-}
-"#;
 
 const BINARY_MODE: u32 = 0o755;
 const CONFLIST_MODE: u32 = 0o644;
@@ -75,6 +54,14 @@ pub enum InstallError {
         /// What the system said.
         #[source]
         source: io::Error,
+    },
+    /// There is a configuration that cannot be read, or cannot work.
+    #[error("{}: {problem}", path.display())]
+    Conflist {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what helps.
+        problem: String,
     },
 }
 
@@ -114,16 +101,25 @@ pub fn write_binaries(program: &Path, bin_dir: &Path) -> Result<FlannelName, Ins
     }
 }
 
-/// Writes [`CONFLIST`] into `conf_dir`, unless it is there already. Returns whether it wrote.
+/// Writes the configuration for pods on `bridge` into `conf_dir`, with what an operator has
+/// added to the one that is there. Returns whether it wrote.
 ///
 /// A runtime takes the network for ready as soon as the file appears, so the agent calls this
 /// only once the guard and subnet.env are in place.
 ///
 /// # Errors
 /// [`InstallError`]; what was there before is then still there, whole.
-pub fn write_conflist(conf_dir: &Path) -> Result<bool, InstallError> {
+pub fn write_conflist(conf_dir: &Path, bridge: &str) -> Result<bool, InstallError> {
     make_directory(conf_dir)?;
-    write(&conf_dir.join(CONFLIST_NAME), CONFLIST.as_bytes(), CONFLIST_MODE)
+    let path = conf_dir.join(CONFLIST_NAME);
+    let refuse = |problem: String| InstallError::Conflist { path: path.clone(), problem };
+    let present = match fs::read(&path) {
+        Ok(bytes) => Some(bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(refuse(format!("cannot be read: {error}"))),
+    };
+    let contents = conflist::wanted(present.as_deref(), bridge).map_err(refuse)?;
+    write(&path, &contents, CONFLIST_MODE)
 }
 
 fn make_directory(path: &Path) -> Result<(), InstallError> {
@@ -145,6 +141,7 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt as _, symlink};
 
     use super::*;
+    use crate::cni::DEFAULT_BRIDGE;
 
     fn mode(path: &Path) -> u32 {
         fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
@@ -196,14 +193,19 @@ mod tests {
     fn writes_the_conflist_only_when_it_differs() {
         let directory = tempfile::tempdir().unwrap();
         let conf = directory.path().join("net.d");
-        assert!(write_conflist(&conf).unwrap());
-        assert!(!write_conflist(&conf).unwrap());
+        assert!(write_conflist(&conf, DEFAULT_BRIDGE).unwrap());
+        assert!(!write_conflist(&conf, DEFAULT_BRIDGE).unwrap());
         let path = conf.join(CONFLIST_NAME);
         assert_eq!(mode(&path), 0o644);
         fs::write(&path, "{}").unwrap();
-        assert!(write_conflist(&conf).unwrap());
-        assert_eq!(fs::read_to_string(&path).unwrap(), CONFLIST);
-        serde_json::from_str::<serde_json::Value>(CONFLIST).unwrap();
+        assert!(write_conflist(&conf, DEFAULT_BRIDGE).unwrap());
+        assert_eq!(fs::read_to_string(&path).unwrap(), conflist::DEFAULT);
+        assert!(write_conflist(&conf, "br7").unwrap());
+        let named = fs::read_to_string(&path).unwrap();
+        assert!(named.contains("\"bridge\": \"br7\""), "{named}");
+        let error = write_conflist(&conf, "br8").unwrap_err().to_string();
+        assert!(error.contains(path.to_str().unwrap()) && error.contains("br7"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), named);
     }
 
     #[test]
@@ -211,10 +213,12 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("file");
         fs::write(&file, "").unwrap();
-        let error = write_conflist(&file.join("net.d")).unwrap_err().to_string();
+        let error = write_conflist(&file.join("net.d"), DEFAULT_BRIDGE).unwrap_err().to_string();
         assert!(error.contains(file.to_str().unwrap()), "{error}");
         fs::create_dir_all(directory.path().join("net.d").join(CONFLIST_NAME)).unwrap();
-        let error = write_conflist(&directory.path().join("net.d")).unwrap_err().to_string();
+        let error = write_conflist(&directory.path().join("net.d"), DEFAULT_BRIDGE)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(CONFLIST_NAME), "{error}");
     }
 }

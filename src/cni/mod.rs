@@ -4,6 +4,7 @@
 //! the reference `bridge` plugin and delegates to it. And its installation.
 
 mod config;
+mod conflist;
 mod delegate;
 mod environment;
 mod error;
@@ -11,6 +12,7 @@ pub mod install;
 mod plugin;
 mod saved;
 
+pub use conflist::DEFAULT_BRIDGE;
 pub use environment::{Command, Environment};
 pub use error::CniError;
 pub use plugin::{ErrorReport, run};
