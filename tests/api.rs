@@ -194,6 +194,31 @@ fn a_list_that_would_take_the_mesh_down_is_not_believed() {
     }
 }
 
+/// A list that lacks a peer is believed at the second look, not at the first.
+#[test]
+fn a_peer_that_one_list_lacks_is_kept_until_a_second_look() {
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let from = client(node);
+    let pair = (lab.pod("pod-1-1").unwrap(), lab.pod("pod-2-1").unwrap());
+    let traffic = Traffic::start(&[pair], Rate { packets_per_second: 200, payload: 100 }).unwrap();
+    let log = LogSince::now(node);
+    let gone = Fault::every(Effect::Gone).on("watch").from(from).times(1);
+    let omit = Fault::every(Effect::Omit { name: "node-2".into() }).on("list").from(from);
+    let before = lists(&lab, from);
+    set(&lab, &[gone.clone(), omit.clone().times(1)]);
+    eventually(node, "takes a second look", || (lists(&lab, from) >= before + 2).then_some(()));
+    // What changes in the meantime is followed all the same, and what a second list lacks goes.
+    set(&lab, &[gone, omit]);
+    lab.api().unwrap().create_node(&stranger(90)).unwrap();
+    has_peer(node, "stranger-90");
+    assert_eq!(log.count("peer left"), 0);
+    let reports = traffic.finish(Duration::from_secs(2));
+    assert!(reports.iter().all(FlowReport::is_perfect), "{reports:?}");
+    status_when(node, "believes the second list", |status| peers(status) == ["stranger-90"]);
+    set(&lab, &[]);
+}
+
 fn lists(lab: &Lab, from: IpAddr) -> usize {
     let requests = lab.api().unwrap().requests().unwrap();
     requests.iter().filter(|r| r.verb == "list" && r.client == Some(from)).count()

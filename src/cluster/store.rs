@@ -1,6 +1,6 @@
 //! The Nodes as last known, kept through outages and refused lists.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gambeson_mesh::NodeName;
@@ -33,6 +33,8 @@ pub struct Nodes {
     /// is at or below it is a duplicate, late, or out of order.
     seen: BTreeMap<NodeName, u64>,
     listed: bool,
+    /// Nodes that the last list lacked for the first time, and that are kept until the next.
+    doubtful: BTreeSet<NodeName>,
 }
 
 impl NodeStore {
@@ -54,7 +56,9 @@ impl NodeStore {
         self.revision.subscribe()
     }
 
-    /// Replaces everything by a complete list as of `version`, unless it is implausible.
+    /// Replaces everything by a complete list as of `version`, unless it is implausible. A Node
+    /// that was known and that the list lacks is kept until the next list lacks it too: the
+    /// deletion of a Node is an event, and a list without one may be a server's mistake.
     ///
     /// # Errors
     /// [`Implausible`]; what was known is kept.
@@ -104,12 +108,17 @@ impl Nodes {
         self.listed
     }
 
+    /// Whether another list has to tell if Nodes are gone.
+    pub fn wants_second_look(&self) -> bool {
+        !self.doubtful.is_empty()
+    }
+
     fn replace(
         &mut self,
         listed: &[NodeObject],
         version: Option<u64>,
     ) -> Result<bool, Implausible> {
-        let records: BTreeMap<_, _> = listed
+        let mut records: BTreeMap<_, _> = listed
             .iter()
             .map(|node| node.record(&self.prefix))
             .filter(|record| !record.name.is_empty())
@@ -119,6 +128,13 @@ impl Nodes {
         // simply the truth: the kubelet has not registered it yet.
         if self.own().is_some() {
             plausible(&records, &self.own_name)?;
+        }
+        let doubted = std::mem::take(&mut self.doubtful);
+        for (name, record) in &self.records {
+            if !records.contains_key(name) && !doubted.contains(name) {
+                records.insert(name.clone(), record.clone());
+                self.doubtful.insert(name.clone());
+            }
         }
         let own = listed.iter().find(|node| node.name() == self.own_name);
         let condition = own.and_then(|node| node.network_unavailable().cloned());
@@ -142,6 +158,7 @@ impl Nodes {
             changed |= condition != self.own_condition;
             self.own_condition = condition;
         }
+        self.doubtful.remove(&record.name);
         if self.records.get(&record.name) != Some(&record) {
             self.records.insert(record.name.clone(), record);
             changed = true;
@@ -161,6 +178,7 @@ impl Nodes {
         if node.name() == self.own_name {
             self.own_condition = None;
         }
+        self.doubtful.remove(node.name());
         self.records.remove(node.name()).is_some()
     }
 
@@ -208,10 +226,31 @@ mod tests {
     }
 
     #[test]
-    fn a_list_replaces_everything_at_once() {
+    fn a_list_replaces_everything_but_what_it_lacks_for_the_first_time() {
         let store = store();
-        store.replace(&[node("a", 11, "1"), node("c", 12, "1")], Some(12)).unwrap();
+        let listed = [node("a", 11, "7"), node("c", 12, "1")];
+        store.replace(&listed, Some(12)).unwrap();
+        assert_eq!(names(&store), ["a", "b", "c"]);
+        assert_eq!(store.nodes().records()["a"].annotations["port"], "7");
+        assert!(store.nodes().wants_second_look());
+        store.replace(&listed, Some(13)).unwrap();
         assert_eq!(names(&store), ["a", "c"]);
+        assert!(!store.nodes().wants_second_look());
+    }
+
+    #[test]
+    fn what_a_list_lacked_may_come_back_or_be_deleted() {
+        let store = store();
+        store.replace(&[node("a", 1, "1")], Some(12)).unwrap();
+        store.replace(&[node("a", 1, "1"), node("b", 2, "2")], Some(13)).unwrap();
+        assert!(!store.nodes().wants_second_look());
+        store.replace(&[node("a", 1, "1")], Some(14)).unwrap();
+        store.apply(&node("b", 15, "2"));
+        assert!(!store.nodes().wants_second_look());
+        store.replace(&[node("a", 1, "1")], Some(16)).unwrap();
+        store.delete(&node("b", 17, ""));
+        assert_eq!(names(&store), ["a"]);
+        assert!(!store.nodes().wants_second_look());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! ```text
 //!   list ──plausible──> watch ──ends──> watch from where it ended
 //!    ^  └─implausible: keep what is known, list again later
+//!    ^──────5 s after a list that lacked Nodes, which are kept till then
 //!    └──────410 Gone, or the watch cannot be resumed──┘
 //! ```
 //! Written on `list` and `watch` directly, because `kube::runtime::watcher` waits for ever on
@@ -34,6 +35,8 @@ const PAGE: u32 = 500;
 /// Waits after a failure.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// After this time a list that lacked Nodes is followed by a second one.
+const SECOND_LOOK: Duration = Duration::from_secs(5);
 /// A watch that ended sooner than this is not resumed at once.
 const SHORT_WATCH: Duration = Duration::from_secs(1);
 
@@ -65,6 +68,8 @@ enum Ended {
     At(String),
     /// The server no longer has that version.
     Gone,
+    /// It is time for a second look at what a list lacked.
+    Unsure,
 }
 
 impl NodeWatch {
@@ -105,7 +110,12 @@ impl NodeWatch {
             let started = Instant::now();
             // Kept for a resumption in case the watch fails now.
             *version = Some(from.clone());
-            let ended = self.watch(&api, from, backoff).await;
+            let watch = self.watch(&api, from, backoff);
+            let ended = if self.store.nodes().wants_second_look() {
+                timeout(SECOND_LOOK, watch).await.unwrap_or(Ok(Ended::Unsure))
+            } else {
+                watch.await
+            };
             let short = started.elapsed() < SHORT_WATCH;
             if !short {
                 // The server was well again, also if no Node has changed in that time.
@@ -115,6 +125,10 @@ impl NodeWatch {
                 Ok(Ended::At(at)) => *version = Some(at),
                 Ok(Ended::Gone) => {
                     debug!("the API server has forgotten our resourceVersion; listing again");
+                    *version = None;
+                }
+                Ok(Ended::Unsure) => {
+                    debug!("the last list lacked Nodes; listing again");
                     *version = None;
                 }
                 Err(error) => {
