@@ -104,6 +104,23 @@ pub struct Options {
     )]
     pub ip_masq: bool,
 
+    /// Accept the cluster networks' packets in the host's firewall
+    ///
+    /// Adds rules to the chain FORWARD of iptables-nft when its policy is DROP, as Docker sets
+    /// it, and reports other chains that drop what pods send to other nodes.
+    #[arg(
+        long,
+        env = "FLANNELD_IPTABLES_FORWARD_RULES",
+        default_value_t = true,
+        default_missing_value = "true",
+        num_args = 0..=1,
+        require_equals = true,
+        value_name = "BOOL",
+        hide_short_help = true,
+        action = clap::ArgAction::Set
+    )]
+    pub iptables_forward_rules: bool,
+
     /// File that tells the CNI plugin this node's subnet and MTU
     #[arg(
         long,
@@ -194,6 +211,8 @@ pub struct Config {
     pub transports: BTreeSet<Transport>,
     /// Masquerade what leaves the cluster networks.
     pub ip_masq: bool,
+    /// Accept the cluster networks' packets in the host's firewall.
+    pub forward_rules: bool,
     /// `subnet.env`.
     pub subnet_file: PathBuf,
     /// Folder of the CNI configuration list.
@@ -272,6 +291,7 @@ impl Options {
             wireguard: self.wireguard,
             transports: transports(&self.transports)?,
             ip_masq: self.ip_masq,
+            forward_rules: self.iptables_forward_rules,
             subnet_file: self.subnet_file,
             cni_conf_dir: self.cni_conf_dir,
             key_file: self.key_file,
@@ -499,7 +519,7 @@ mod tests {
         assert_eq!(config.port, 51820);
         assert_eq!(config.healthz, Some("127.0.0.1:9480".parse().unwrap()));
         assert_eq!(config.transports, BTreeSet::from([Transport::Wireguard]));
-        assert!(!config.ip_masq);
+        assert!(!config.ip_masq && config.forward_rules);
     }
 
     #[test]

@@ -274,6 +274,40 @@ fn foreign_routes_in_our_way_are_named() {
     }
 }
 
+/// A FORWARD policy of DROP, as Docker sets it, does not silence pods.
+#[test]
+fn a_forward_policy_of_drop_is_opened_for_pods_or_said() {
+    let lab = up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let environment = node.environment();
+    let rules = || {
+        let rules = run(&environment, "iptables-nft -S; ip6tables-nft -S");
+        rules.lines().filter(|rule| rule.contains("GAMBESON-FWD")).count()
+    };
+    assert_eq!(rules(), 0, "nobody drops anything");
+    for breach in [
+        "iptables-nft -P FORWARD DROP; ip6tables-nft -P FORWARD DROP",
+        "iptables-nft -F FORWARD; ip6tables-nft -F",
+        "iptables-nft -D GAMBESON-FWD 1; ip6tables-nft -D FORWARD -j GAMBESON-FWD",
+    ] {
+        run(&environment, breach);
+        // In each family a chain, a jump and two rules.
+        within(LIMIT * 3, breach, || (rules() == 8).then_some(()));
+        assert_connected(&lab, "node-1", "node-2");
+    }
+    let outside = run(&environment, "iptables-nft -S FORWARD");
+    assert!(outside.contains("-P FORWARD DROP"), "nothing else is accepted: {outside}");
+    let wall = "{ type filter hook forward priority 10; policy drop; }";
+    run(&environment, &format!("nft add table inet wall; nft add chain inet wall f '{wall}'"));
+    within(LIMIT * 3, "it is said", || {
+        let errors = node.status().ok()?.errors;
+        errors.iter().any(|error| error.contains("inet wall f drops what pods send")).then_some(())
+    });
+    run(&environment, "nft delete table inet wall");
+    within(PATIENCE, "no error stays", || node.status().ok()?.errors.is_empty().then_some(()));
+    assert_connected(&lab, "node-1", "node-2");
+}
+
 /// A link with one of our names is not trusted for its name: what it carries is in clear.
 #[test]
 fn a_foreign_device_with_a_name_of_ours_is_not_trusted() {

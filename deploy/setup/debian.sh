@@ -32,6 +32,7 @@ by_command kubectl kubernetes-client
 [ -x /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins)
 if [ "$purpose" = test ]; then
     by_command qemu-system-x86_64 qemu-system-x86
+    by_command iptables-nft iptables
     by_command depmod kmod
     if ! command -v busybox >/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then
         missing+=(busybox-static)

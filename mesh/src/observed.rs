@@ -23,6 +23,9 @@ pub struct Observed {
     pub rules: BTreeSet<Rule>,
     /// Values of the settings in [`Sysctl`], trimmed; absent where the file does not exist.
     pub sysctls: BTreeMap<Sysctl, String>,
+    /// Base chains of others that drop all forwarded packets by policy, without rules of ours
+    /// that accept the cluster networks' before.
+    pub forward_drops: BTreeSet<ForwardDrop>,
     /// The ruleset in force, or `None` when table `inet gambeson` is missing or is not
     /// exactly what was written last.
     pub ruleset: Option<Ruleset>,
@@ -37,6 +40,25 @@ pub struct ForeignRoute {
     pub protocol: u8,
     /// Where it leads, as `ip route` says it: `dev eth0`, `blackhole`.
     pub leads: String,
+}
+
+/// An nftables base chain at the hook `forward` with the policy `drop`.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ForwardDrop {
+    /// `ip`, `ip6` or `inet`.
+    pub family: String,
+    /// Its table.
+    pub table: String,
+    /// Its name.
+    pub chain: String,
+}
+
+impl ForwardDrop {
+    /// Whether it is the chain FORWARD of iptables-nft, in which rules of ours have a place.
+    pub fn is_of_iptables(&self) -> bool {
+        let iptables = self.family == "ip" || self.family == "ip6";
+        iptables && self.table == "filter" && self.chain == "FORWARD"
+    }
 }
 
 /// A link with one of our names.

@@ -19,7 +19,7 @@ use ipnet::IpNet;
 use crate::desired::{
     Desired, Implementation, NextHop, Route, RouteKey, Rule, Ruleset, Sysctl, WireGuardDevice,
 };
-use crate::observed::{ForeignRoute, Observed, ObservedWireGuard};
+use crate::observed::{ForeignRoute, ForwardDrop, Observed, ObservedWireGuard};
 use crate::session::DeviceName;
 
 mod diff;
@@ -37,6 +37,8 @@ pub struct Plan {
     /// Routes of somebody else that take packets away from our devices, and the destination
     /// of ours that they win over. Nothing is done to them.
     pub overruled: BTreeMap<ForeignRoute, IpNet>,
+    /// Firewall chains of somebody else that drop pods' packets, in which we have no place.
+    pub blocked: BTreeSet<ForwardDrop>,
 }
 
 /// One change to the kernel.
@@ -45,6 +47,8 @@ pub struct Plan {
 pub enum Action {
     /// Replace table `inet gambeson` in one transaction, keeping its counters.
     SetRuleset(Ruleset),
+    /// Accept the cluster networks' packets in the firewall of iptables-nft.
+    AcceptForwarded(ForwardDrop),
     /// Write a kernel setting.
     SetSysctl(Sysctl, String),
     /// Make a link with our alias, down and without configuration.

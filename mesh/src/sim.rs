@@ -80,6 +80,9 @@ pub(crate) fn step(
             }
             observed.routes.insert(*key, route.clone());
         }
+        Action::AcceptForwarded(drop) => {
+            assert!(drop.is_of_iptables() && observed.forward_drops.remove(drop), "{drop:?}");
+        }
         Action::AddRule(rule) => _ = observed.rules.insert(*rule),
         Action::DeleteRule(rule) => assert!(observed.rules.remove(rule), "no {rule:?}"),
         Action::DeleteRoute(key) => {

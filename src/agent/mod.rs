@@ -68,7 +68,11 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     info!(version = env!("CARGO_PKG_VERSION"), "starting");
     // The guard comes first, and everything that can fail after it: also a start that fails
     // leaves nothing open.
-    let scope = Scope { networks: config.cluster_networks.clone(), bridge: config.bridge.clone() };
+    let scope = Scope {
+        networks: config.cluster_networks.clone(),
+        bridge: config.bridge.clone(),
+        forward_rules: config.forward_rules,
+    };
     let mut reconciler = Reconciler::new(config.clone(), Kernel::connect(scope).await?);
     reconciler.shut().await?;
     reconciler.load_keys()?;

@@ -8,7 +8,7 @@ use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
 use gambeson_mesh::desired::{Desired, Implementation, NextHop, RouteKey};
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, annotation, pod_cidrs};
-use gambeson_mesh::observed::{ForeignRoute, Observed};
+use gambeson_mesh::observed::{ForeignRoute, ForwardDrop, Observed};
 use gambeson_mesh::plan::{self, Action, Plan};
 use gambeson_mesh::topology::{Mesh, Topology};
 use gambeson_mesh::transport;
@@ -431,6 +431,13 @@ impl Reconciler {
             }
             pass.problems.push(error.to_string());
         }
+        for ForwardDrop { family, table, chain } in &plan.blocked {
+            pass.problems.push(format!(
+                "the firewall chain {family} {table} {chain} drops what pods send to other nodes \
+                 (policy drop), which no rule of gambeson can prevent; accept the cluster networks \
+                 in it, or give --iptables-forward-rules=false if it does already"
+            ));
+        }
         for (foreign, ours) in &plan.overruled {
             let ForeignRoute { key: RouteKey { destination, metric }, protocol, leads } = foreign;
             pass.problems.push(format!(
@@ -550,6 +557,7 @@ fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
 fn describe(action: &Action) -> String {
     match action {
         Action::SetRuleset(_) => "guard".to_owned(),
+        Action::AcceptForwarded(drop) => format!("accept in {} {}", drop.family, drop.table),
         Action::SetSysctl(sysctl, value) => format!("{} = {value}", sysctl.path()),
         Action::AddLink { device, .. } => format!("+ link {device}"),
         Action::MarkLink(device) => format!("{device} alias"),

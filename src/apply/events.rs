@@ -22,6 +22,13 @@ const BUFFER_BYTES: usize = 64 << 10;
 const RTM_TABLE: usize = 16 + 4;
 /// The attribute that names the table, in every kind of nftables message.
 const NFT_TABLE_NAME: u16 = 1;
+/// `NFT_MSG_NEWCHAIN` of linux/netfilter/nf_tables.h, and the attribute that only base chains
+/// have, whose policy may drop what pods send.
+const NEW_CHAIN: u16 = 3;
+const CHAIN_HOOK: u16 = 4;
+/// The attribute of a rule that names its chain, and the chains of iptables-nft that matter.
+const RULE_CHAIN: u16 = 2;
+const FORWARD_CHAINS: [&CStr; 2] = [c"FORWARD", c"GAMBESON-FWD"];
 const OUR_TABLE: &CStr = c"gambeson";
 
 /// Changes of links, addresses, routes, per-device settings and nftables in the network
@@ -115,7 +122,7 @@ fn concerns_us(result: io::Result<()>, mut bytes: &[u8]) -> Result<bool, ApplyEr
     Ok(false)
 }
 
-/// Leaves out what a busy node does all the time: other tables of nftables (kube-proxy) and
+/// Leaves out what a busy node does all the time: rules in other tables of nftables (kube-proxy) and
 /// of routes (routing daemons). Everything else is relevant.
 fn is_relevant(message: &[u8]) -> bool {
     let kind = message.get(4..6).map_or(0, |b| u16::from_ne_bytes([b[0], b[1]]));
@@ -125,8 +132,12 @@ fn is_relevant(message: &[u8]) -> bool {
         }
         (_, subsystem) if subsystem == u16::from(generation::NFTABLES) => {
             let body = message.get(generation::HEADER_BYTES..).unwrap_or_default();
+            let is_chain = kind & 0xff == NEW_CHAIN;
             attributes(body).any(|(kind, value)| {
-                kind == NFT_TABLE_NAME && value == OUR_TABLE.to_bytes_with_nul()
+                (kind == NFT_TABLE_NAME && value == OUR_TABLE.to_bytes_with_nul())
+                    || (is_chain && kind == CHAIN_HOOK)
+                    || (kind == RULE_CHAIN
+                        && FORWARD_CHAINS.iter().any(|c| c.to_bytes_with_nul() == value))
             })
         }
         _ => true,

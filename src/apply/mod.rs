@@ -22,7 +22,7 @@ use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{KeyRing, PublicKey};
 use gambeson_mesh::desired::{Implementation, Ruleset, WireGuardDevice};
-use gambeson_mesh::observed::{Observed, ObservedLink, ObservedWireGuard};
+use gambeson_mesh::observed::{ForwardDrop, Observed, ObservedLink, ObservedWireGuard};
 use gambeson_mesh::plan::{self, Action, Plan, WireGuardChange};
 use gambeson_mesh::session::{DeviceName, Session};
 use ipnet::IpNet;
@@ -51,6 +51,8 @@ pub struct Scope {
     pub networks: BTreeSet<IpNet>,
     /// The pod bridge.
     pub bridge: String,
+    /// Whether other firewalls matter that drop what is forwarded.
+    pub forward_rules: bool,
 }
 
 /// This node's kernel: links, addresses, WireGuard, routes, settings and firewall.
@@ -64,6 +66,8 @@ pub struct Kernel {
     scope: Scope,
     ruleset: Option<nft::Written>,
     guard_whole: Option<SystemTime>,
+    /// What other firewalls drop, at this generation of the ruleset.
+    forward_drops: Option<(u32, BTreeSet<ForwardDrop>)>,
 }
 
 impl Kernel {
@@ -92,6 +96,7 @@ impl Kernel {
             scope,
             ruleset: None,
             guard_whole: None,
+            forward_drops: None,
         })
     }
 
@@ -116,6 +121,7 @@ impl Kernel {
         observed.rules = rule::observe(&mut self.netlink).await?;
         observed.sysctls = sysctl::observe(devices.into_values(), &self.scope.bridge)?;
         observed.ruleset = self.observe_guard().await;
+        observed.forward_drops = self.observe_forward_drops().await;
         Ok(observed)
     }
 
@@ -132,6 +138,27 @@ impl Kernel {
             Err(error) => {
                 tracing::debug!(%error, "the guard cannot be read");
                 None
+            }
+        }
+    }
+
+    /// Other firewalls' drops. Where they cannot be read, the guard cannot either, which is said.
+    async fn observe_forward_drops(&mut self) -> BTreeSet<ForwardDrop> {
+        if !self.scope.forward_rules {
+            return BTreeSet::new();
+        }
+        let found = async {
+            let generation = nft::generation().await?;
+            match self.forward_drops.take().filter(|(at, _)| *at == generation) {
+                Some(known) => Ok(known),
+                None => Ok((generation, nft::observe_forwarded(&self.scope.networks).await?)),
+            }
+        };
+        match found.await {
+            Ok(known) => self.forward_drops.insert(known).1.clone(),
+            Err::<_, ApplyError>(error) => {
+                tracing::debug!(%error, "other firewalls cannot be read");
+                BTreeSet::new()
             }
         }
     }
@@ -207,6 +234,9 @@ impl Kernel {
                 self.ruleset = Some(nft::write(ruleset).await?);
                 self.guard_whole = Some(SystemTime::now());
                 Ok(())
+            }
+            Action::AcceptForwarded(drop) => {
+                nft::accept_forwarded(drop, &self.scope.networks).await
             }
             Action::SetSysctl(sysctl, value) => sysctl::write(sysctl, value),
             Action::AddLink { device, implementation: Implementation::Kernel, mtu } => {

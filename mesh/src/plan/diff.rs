@@ -20,7 +20,9 @@ pub(super) fn plan(desired: &Desired, observed: &Observed) -> Plan {
     difference.routes(&mut actions);
     difference.deletions(&mut actions);
     let overruled = overruled(desired, observed);
-    Plan { actions, foreign: difference.foreign, overruled }
+    let blocked = observed.forward_drops.iter().filter(|drop| !drop.is_of_iptables());
+    let blocked = blocked.cloned().collect();
+    Plan { actions, foreign: difference.foreign, overruled, blocked }
 }
 
 pub(super) fn ruleset(desired: &Desired, observed: &Observed) -> Ruleset {
@@ -120,6 +122,8 @@ impl<'a> Difference<'a> {
                 actions.push(Action::PutRoute(*key, route.clone()));
             }
         }
+        let iptables = self.observed.forward_drops.iter().filter(|drop| drop.is_of_iptables());
+        actions.extend(iptables.map(|drop| Action::AcceptForwarded(drop.clone())));
         let missing = self.desired.rules.difference(&self.observed.rules);
         actions.extend(missing.map(|rule| Action::AddRule(*rule)));
     }

@@ -182,6 +182,22 @@ fn a_configuration_is_compared_without_its_endpoints() {
 }
 
 #[test]
+fn a_firewall_that_drops_by_policy_is_opened_or_named() {
+    let (desired, settled) = settled();
+    let drop = |family: &str, table: &str, chain: &str| ForwardDrop {
+        family: family.to_owned(),
+        table: table.to_owned(),
+        chain: chain.to_owned(),
+    };
+    let iptables = [drop("ip", "filter", "FORWARD"), drop("ip6", "filter", "FORWARD")];
+    let others = [drop("inet", "filter", "FORWARD"), drop("ip", "filter", "forward")];
+    let forward_drops = iptables.iter().chain(&others).cloned().collect();
+    let plan = Plan::new(&desired, &Observed { forward_drops, ..settled });
+    assert_eq!(plan.actions, iptables.map(Action::AcceptForwarded));
+    assert_eq!(plan.blocked, others.into());
+}
+
+#[test]
 fn foreign_routes_that_win_over_ours_are_named() {
     let (desired, settled) = settled();
     for (destination, metric, wins) in [

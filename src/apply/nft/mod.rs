@@ -10,6 +10,7 @@
 //! count n -> list, write, count n + 1 -> list, count n + 1     what was meant is what is there
 //! ```
 
+mod forward;
 mod render;
 
 use std::process::Stdio;
@@ -22,6 +23,7 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::{ApplyError, generation};
+pub(super) use forward::{accept as accept_forwarded, observe as observe_forwarded};
 use render::{IN, OUT, fits, render, render_anew};
 
 /// It takes some ten milliseconds; then it hangs.
@@ -105,7 +107,7 @@ pub(super) async fn is_intact(written: &mut Written) -> Result<bool, ApplyError>
 }
 
 /// The count of transactions in this namespace.
-async fn generation() -> Result<u32, ApplyError> {
+pub(super) async fn generation() -> Result<u32, ApplyError> {
     generation::read().await.map_err(|source| ApplyError::ReadGeneration { source })
 }
 

@@ -166,7 +166,7 @@ fn rank(action: &Action) -> u8 {
         Action::SetRuleset(_) => 0,
         Action::SetSysctl(sysctl, _) if sysctl.device().is_none() => 1,
         Action::PutRoute(_, Route { next_hop: NextHop::Unreachable, .. }) => 2,
-        Action::AddRule(_) => 2,
+        Action::AcceptForwarded(_) | Action::AddRule(_) => 2,
         Action::MarkLink(_) | Action::AddLink { .. } | Action::SetLinkMtu { .. } => 3,
         Action::ConfigureWireGuard { change, .. } if change.remove_peers.is_empty() => 4,
         Action::SetSysctl(Sysctl::DisableIpv6(_), _) => 5,
