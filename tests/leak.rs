@@ -39,6 +39,11 @@ impl<'a> Watch<'a> {
         Self { lab, canary, control, capture }
     }
 
+    /// What is looked for.
+    pub(crate) fn payload(&self) -> [u8; LENGTH] {
+        self.canary
+    }
+
     /// Sends the canary from a pod. Gives whether it was answered.
     pub(crate) fn canary(&self, from: Pod<'_>, to: IpAddr) -> bool {
         let payload = &self.canary;

@@ -5,6 +5,7 @@
 mod agent;
 mod api;
 mod apply;
+mod chaos;
 mod cni;
 mod common;
 mod hostile;
