@@ -477,7 +477,7 @@ fn check_prefix(prefix: &str) -> Result<(), ConfigError> {
     Err(invalid("--annotation-prefix", problem, "give one such as gambeson.io"))
 }
 
-fn check_interface_name(option: &'static str, name: &str) -> Result<(), ConfigError> {
+pub(crate) fn check_interface_name(option: &'static str, name: &str) -> Result<(), ConfigError> {
     let fits = (1..=INTERFACE_NAME_MAX).contains(&name.len()) && name != "." && name != "..";
     let clean = name.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'"'));
     if fits && clean {

@@ -56,10 +56,14 @@ fn bad_annotations(lab: &Lab) -> Vec<Case> {
         annotation("public-key", "not base64!", "not the base64 of 32 bytes"),
         annotation("public-key", key(&[7; 31]), "not the base64 of 32 bytes"),
         annotation("public-key", key(&[7; 33]), "not the base64 of 32 bytes"),
-        annotation("public-key", "A".repeat(255 << 10), "more than any valid value"),
+        annotation(
+            "public-key",
+            "A".repeat(255 << 10),
+            "is over 256 bytes long, more than any valid",
+        ),
         annotation("public-key", key(&[0; 32]), "a low-order point"),
         annotation("public-key", key(&one), "a low-order point"),
-        annotation("public-key", Value::Null, "annotation public-key is missing"),
+        annotation("public-key", Value::Null, "annotation gambeson.io/public-key is missing"),
         annotation("public-key", "\u{1b}[31mred\n", "\\u{1b}[31mred\\n"),
         Case { says: own_of_first, ..annotation("public-key", first.clone(), "") },
         Case { says: own_of_first, ..annotation("next-public-key", first, "") },
@@ -230,7 +234,8 @@ fn a_typing_error_in_an_option_refuses_nobody() {
     for restart in [true, false] {
         let status = status_when(node, "warns of it", |status| !status.warnings.is_empty());
         let warning = &status.warnings[0];
-        assert!(warning.contains("Node node-2") && warning.contains("\"25s\""), "{warning}");
+        let key = "annotation config.gambeson.io/persistent-keepalive is \"25s\"";
+        assert!(warning.contains("Node node-2") && warning.contains(key), "{warning}");
         assert!(status.refused.is_empty() && status.errors.is_empty(), "{status}");
         assert_eq!(peers(&status), ["node-2"]);
         assert!(answers(lab.pod("pod-1-1").unwrap(), address(&lab, "pod-2-1")));

@@ -396,6 +396,18 @@ fn options_that_cannot_be_are_refused_before_anything_is_touched() {
         assert_eq!(output.status.code(), Some(2), "{}", both(&output));
         assert!(both(&output).contains(says), "{}", both(&output));
     }
+    // So it is with every command.
+    for (arguments, says) in [
+        (&["tunnel", "a/b"][..], "not a device name"),
+        (&["tunnel", "wg0", "--log-level", "=x="], "--log-level"),
+        (&["install-cni", "--bridge", "a/b"], "--bridge"),
+        (&["lab", "up", "--nodes", "0"], "1 to 100 nodes"),
+        (&["lab", "up", "--underlay-mtu", "5"], "1360 to 65535 bytes"),
+    ] {
+        let output = node.exec(&[&[GAMBESON], arguments].concat()).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {}", both(&output));
+        assert!(both(&output).contains(says), "{}", both(&output));
+    }
     let touched = shell(node, "ip -o link; nft list ruleset; ip route show type unreachable");
     assert!(!touched.contains("gambeson") && !touched.contains("10.244"), "{touched}");
     assert!(!node.host_path(Path::new(KEY_FILE)).exists());

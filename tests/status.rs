@@ -78,7 +78,7 @@ fn status_has_everything_a_person_and_a_program_ask_for() {
     let refused = &document["refused"][0];
     assert_eq!((&refused["name"], &refused["kept"]), (&json!("node-3"), &json!(true)));
     let reason = refused["reason"].as_str().unwrap();
-    assert!(reason.contains("annotation port is \"0\""), "{reason}");
+    assert!(reason.contains("annotation gambeson.io/port is \"0\""), "{reason}");
 
     let table = table(node);
     for part in [
@@ -102,7 +102,7 @@ fn status_has_everything_a_person_and_a_program_ask_for() {
         "10.244.2.0/24",
         "192.168.240.2:51820",
         "s ago",
-        "node-3: annotation port is \"0\"",
+        "node-3: annotation gambeson.io/port is \"0\"",
         "its last good state stays in use",
     ] {
         assert!(table.contains(part), "{part} is missing in\n{table}");

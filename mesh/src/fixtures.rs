@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use crate::NodeName;
 use crate::desired::Implementation;
-use crate::node::{DEFAULT_PORT, Endpoints, Local, NodeRecord, Transport};
+use crate::node::{DEFAULT_PORT, DEFAULT_PREFIX, Endpoints, Local, NodeRecord, Transport};
 
 /// A key that is not a low-order point, different for each number.
 pub(crate) fn key(number: u8) -> PublicKey {
@@ -24,6 +24,7 @@ pub(crate) fn net(text: &str) -> IpNet {
 pub(crate) fn local(i: u8, generation: u64) -> Local {
     Local {
         name: format!("node-{i}"),
+        prefix: DEFAULT_PREFIX.to_owned(),
         pod_cidrs: BTreeSet::from([
             net(&format!("10.244.{i}.0/24")),
             net(&format!("fd00:10:244:{i:x}::/64")),

@@ -79,6 +79,8 @@ pub struct Endpoints {
 pub struct Local {
     /// `metadata.name`.
     pub name: NodeName,
+    /// Prefix of the annotations that agents write, e.g. `gambeson.io`.
+    pub prefix: String,
     /// `spec.podCIDRs` of this node.
     pub pod_cidrs: BTreeSet<IpNet>,
     /// The cluster networks (`--cluster-cidr`).

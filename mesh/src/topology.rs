@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::NodeName;
-use crate::node::{Local, Node, NodeRecord, Refusal, persistent_keepalive};
+use crate::node::{Local, Node, NodeRecord, Refusal, annotation, persistent_keepalive};
 use crate::observed::Observed;
 
 mod claims;
@@ -109,7 +109,7 @@ impl Topology {
         let (mut known, mut unknown) = (Vec::new(), Vec::new());
         for (name, record) in records {
             if *name == local.name {
-                match persistent_keepalive(record) {
+                match persistent_keepalive(record, &local.prefix) {
                     Ok(seconds) => mesh.persistent_keepalive = seconds,
                     Err(problem) => _ = mesh.ignored.insert(name.clone(), vec![problem]),
                 }
@@ -187,7 +187,11 @@ impl Resolution<'_> {
             Some(known)
                 if node.generation < known.generation && !self.parity_only.contains(name) =>
             {
-                Err(Refusal::GenerationBack { published: node.generation, known: known.generation })
+                Err(Refusal::GenerationBack {
+                    annotation: annotation::key(&self.local.prefix, annotation::KEY_GENERATION),
+                    published: node.generation,
+                    known: known.generation,
+                })
             }
             _ => Ok(node),
         }

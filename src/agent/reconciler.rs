@@ -367,6 +367,7 @@ impl Reconciler {
         let config = &self.config;
         Local {
             name: node.to_owned(),
+            prefix: config.prefix.clone(),
             pod_cidrs,
             cluster_networks: config.cluster_networks.clone(),
             keys: self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::publics),

@@ -3,6 +3,8 @@ use std::path::{Path, PathBuf};
 use super::Failure;
 use crate::cni::DEFAULT_BRIDGE;
 use crate::cni::install::{self, FlannelName};
+use crate::config::check_interface_name;
+use crate::exit::Exit;
 
 /// Install the CNI plugin and its configuration on this node.
 ///
@@ -33,6 +35,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args) -> Result<(), Failure> {
+    check_interface_name("--bridge", &args.bridge)
+        .map_err(|error| Failure::new(Exit::Usage, error))?;
     let bin_dir = &args.cni_bin_dir;
     // The name of the program may be gone or replaced by now; this is what is running.
     let flannel = install::write_binaries(Path::new("/proc/self/exe"), bin_dir)?;

@@ -95,7 +95,7 @@ enum LabCommand {
 
 #[derive(Debug, clap::Args)]
 struct UpArgs {
-    /// Number of nodes
+    /// Number of nodes, 1 to 100
     #[arg(long, default_value_t = 3)]
     nodes: u8,
     /// Number of pods on each node
@@ -104,7 +104,7 @@ struct UpArgs {
     /// WireGuard of the agents: auto, kernel or userspace, or by node: node-1=kernel,...
     #[arg(long, default_value = "auto")]
     wireguard: WireguardModes,
-    /// MTU of the underlay in bytes
+    /// MTU of the underlay in bytes, 1360 to 65535
     #[arg(long, default_value_t = 1500)]
     underlay_mtu: u32,
     /// Address families of underlay and pods: v4, v6 or dual
@@ -191,7 +191,10 @@ fn up(name: LabName, args: UpArgs) -> Result<(), Failure> {
     };
     watch_for_interrupts()?;
     let progress = Progress::on_stderr();
-    let lab = Lab::up(options, &progress)?;
+    let lab = Lab::up(options, &progress).map_err(|error| match error {
+        LabError::Options(_) => Failure::new(Exit::Usage, error),
+        error => error.into(),
+    })?;
     let status = lab.status();
     lab.keep();
     println!("{}", paint(&status.to_string()));

@@ -92,6 +92,7 @@ fn serve(args: &Args) -> Result<(), Failure> {
 
 fn failure(error: TunnelError) -> Failure {
     let exit = match &error {
+        TunnelError::InvalidName { .. } => Exit::Usage,
         TunnelError::NoTun { .. } => Exit::NoTun,
         TunnelError::NoPermission { .. } => Exit::NoPermission,
         TunnelError::NameTaken { .. } | TunnelError::SocketInUse { .. } => Exit::ForeignDevice,
@@ -104,7 +105,10 @@ fn start_log(args: &Args) -> Result<(), Failure> {
     let level = args.log_level.clone().or_else(|| std::env::var("LOG_LEVEL").ok());
     // The engine reports each expired session as an error.
     let filter = format!("{},boringtun=off", level.as_deref().unwrap_or("info"));
-    let filter = EnvFilter::try_new(filter)?;
+    let filter = EnvFilter::try_new(filter).map_err(|error| {
+        let remedy = "give --log-level a log filter such as info or debug";
+        Failure::new(Exit::Usage, format!("{error}; {remedy}"))
+    })?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_target(false);
     match &args.log_file {
         Some(path) => {

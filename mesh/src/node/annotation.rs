@@ -24,3 +24,13 @@ pub const CONFIG_ENDPOINT_V6: &str = "config/endpoint-v6";
 pub const CONFIG_PERSISTENT_KEEPALIVE: &str = "config/persistent-keepalive";
 /// What the names of annotations written by people start with.
 pub const CONFIG: &str = "config/";
+/// What their prefix starts with.
+pub const CONFIG_PREFIX: &str = "config.";
+
+/// The whole key of an annotation, as a Node has it.
+pub fn key(prefix: &str, name: &str) -> String {
+    match name.strip_prefix(CONFIG) {
+        Some(name) => format!("{CONFIG_PREFIX}{prefix}/{name}"),
+        None => format!("{prefix}/{name}"),
+    }
+}

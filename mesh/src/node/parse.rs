@@ -27,18 +27,20 @@ impl Node {
     /// # Errors
     /// The first thing that is wrong with it.
     pub fn parse(record: &NodeRecord, local: &Local) -> Result<Self, Refusal> {
-        let values = Values(&record.annotations);
+        let values = Values { annotations: &record.annotations, prefix: &local.prefix };
         if !record.annotations.keys().any(|name| !name.starts_with(annotation::CONFIG)) {
             return Err(Refusal::NoKey);
         }
         let public_key = values
             .public_key(annotation::PUBLIC_KEY)?
-            .ok_or(Refusal::Missing { annotation: annotation::PUBLIC_KEY })?;
+            .ok_or_else(|| Refusal::Missing { annotation: values.key(annotation::PUBLIC_KEY) })?;
         let mut ignored = Vec::new();
         let generation = values
             .number(annotation::KEY_GENERATION, "not a whole number from 0 to 2^64-1")?
             .map(Generation::new)
-            .ok_or(Refusal::Missing { annotation: annotation::KEY_GENERATION })?;
+            .ok_or_else(|| Refusal::Missing {
+                annotation: values.key(annotation::KEY_GENERATION),
+            })?;
         Ok(Self {
             name: record.name.clone(),
             uid: record.uid.clone(),
@@ -50,7 +52,7 @@ impl Node {
             port: values.port()?,
             transports: values.transports()?,
             mtu: values.mtu()?,
-            persistent_keepalive: option(persistent_keepalive(record), &mut ignored),
+            persistent_keepalive: option(persistent_keepalive(record, &local.prefix), &mut ignored),
             pod_cidrs: pod_cidrs(record, &local.cluster_networks)?,
             ignored,
         })
@@ -66,8 +68,11 @@ fn option<T>(value: Result<Option<T>, Refusal>, ignored: &mut Vec<Refusal>) -> O
 }
 
 /// Seconds between keepalives that an operator set on a Node.
-pub(crate) fn persistent_keepalive(record: &NodeRecord) -> Result<Option<u16>, Refusal> {
-    let values = Values(&record.annotations);
+pub(crate) fn persistent_keepalive(
+    record: &NodeRecord,
+    prefix: &str,
+) -> Result<Option<u16>, Refusal> {
+    let values = Values { annotations: &record.annotations, prefix };
     let name = annotation::CONFIG_PERSISTENT_KEEPALIVE;
     if values.text(name)? == Some("off") {
         return Ok(None);
@@ -136,13 +141,21 @@ fn join(networks: &BTreeSet<IpNet>) -> String {
     networks.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ")
 }
 
-struct Values<'a>(&'a BTreeMap<String, String>);
+struct Values<'a> {
+    annotations: &'a BTreeMap<String, String>,
+    prefix: &'a str,
+}
 
 impl<'a> Values<'a> {
+    /// The whole key, for a message.
+    fn key(&self, annotation: &str) -> String {
+        annotation::key(self.prefix, annotation)
+    }
+
     fn text(&self, annotation: &'static str) -> Result<Option<&'a str>, Refusal> {
-        match self.0.get(annotation) {
+        match self.annotations.get(annotation) {
             Some(text) if text.len() > LONGEST => {
-                Err(Refusal::TooLong { annotation, bytes: text.len() })
+                Err(Refusal::TooLong { annotation: self.key(annotation), limit: LONGEST })
             }
             other => Ok(other.map(String::as_str)),
         }
@@ -160,7 +173,11 @@ impl<'a> Values<'a> {
         let Some(text) = self.text(annotation)? else { return Ok(None) };
         match text.parse::<T>() {
             Ok(number) if number.to_string() == text => Ok(Some(number)),
-            _ => Err(Refusal::Value { annotation, value: excerpt(text), problem }),
+            _ => Err(Refusal::Value {
+                annotation: self.key(annotation),
+                value: excerpt(text),
+                problem,
+            }),
         }
     }
 
@@ -168,7 +185,9 @@ impl<'a> Values<'a> {
         let Some(text) = self.text(annotation)? else { return Ok(None) };
         match text.parse() {
             Ok(key) => Ok(Some(key)),
-            Err(source) => Err(Refusal::Key { annotation, value: excerpt(text), source }),
+            Err(source) => {
+                Err(Refusal::Key { annotation: self.key(annotation), value: excerpt(text), source })
+            }
         }
     }
 
@@ -179,7 +198,11 @@ impl<'a> Values<'a> {
     ) -> Result<Option<PublicKey>, Refusal> {
         let annotation = annotation::NEXT_PUBLIC_KEY;
         let Some(next) = self.public_key(annotation)? else { return Ok(None) };
-        let refuse = |problem| Refusal::Value { annotation, value: next.to_string(), problem };
+        let refuse = |problem| Refusal::Value {
+            annotation: self.key(annotation),
+            value: next.to_string(),
+            problem,
+        };
         if next == current {
             return Err(refuse("the same as public-key"));
         }
@@ -217,15 +240,17 @@ impl<'a> Values<'a> {
     {
         let Some(text) = self.text(annotation)? else { return Ok(None) };
         let address = problem(text.parse()).map_err(|problem| Refusal::Value {
-            annotation,
+            annotation: self.key(annotation),
             value: excerpt(text),
             problem,
         })?;
         let ip = address.into();
         match cluster_networks.iter().find(|network| network.contains(&ip)) {
-            Some(network) => {
-                Err(Refusal::EndpointInPodNetwork { annotation, address: ip, network: *network })
-            }
+            Some(network) => Err(Refusal::EndpointInPodNetwork {
+                annotation: self.key(annotation),
+                address: ip,
+                network: *network,
+            }),
             None => Ok(Some(address)),
         }
     }
@@ -235,7 +260,11 @@ impl<'a> Values<'a> {
         match self.number::<u16>(annotation, problem)? {
             None => Ok(DEFAULT_PORT),
             Some(port) if (1..=MAX_PORT).contains(&port) => Ok(port),
-            Some(port) => Err(Refusal::Value { annotation, value: port.to_string(), problem }),
+            Some(port) => Err(Refusal::Value {
+                annotation: self.key(annotation),
+                value: port.to_string(),
+                problem,
+            }),
         }
     }
 
@@ -252,7 +281,11 @@ impl<'a> Values<'a> {
         };
         if !text.split(',').all(is_name) {
             let problem = "not a list such as wireguard,vxlan";
-            return Err(Refusal::Value { annotation, value: excerpt(text), problem });
+            return Err(Refusal::Value {
+                annotation: self.key(annotation),
+                value: excerpt(text),
+                problem,
+            });
         }
         Ok(text.split(',').filter_map(Transport::parse).collect())
     }
@@ -260,9 +293,11 @@ impl<'a> Values<'a> {
     fn mtu(&self) -> Result<Option<u32>, Refusal> {
         let (annotation, problem) = (annotation::MTU, "not a number of bytes from 576 to 65520");
         match self.number::<u32>(annotation, problem)? {
-            Some(mtu) if !(SMALLEST_MTU..=LARGEST_MTU).contains(&mtu) => {
-                Err(Refusal::Value { annotation, value: mtu.to_string(), problem })
-            }
+            Some(mtu) if !(SMALLEST_MTU..=LARGEST_MTU).contains(&mtu) => Err(Refusal::Value {
+                annotation: self.key(annotation),
+                value: mtu.to_string(),
+                problem,
+            }),
             mtu => Ok(mtu),
         }
     }

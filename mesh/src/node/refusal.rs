@@ -32,22 +32,25 @@ pub enum Refusal {
     NoPodCidrInUse { networks: String },
     /// A necessary annotation is not there.
     #[error("annotation {annotation} is missing; {}", remedy(.annotation))]
-    Missing { annotation: &'static str },
+    Missing { annotation: String },
     /// A value longer than any valid one.
-    #[error("annotation {annotation} is {bytes} bytes long, more than any valid value; {}", remedy(.annotation))]
-    TooLong { annotation: &'static str, bytes: usize },
+    #[error(
+        "annotation {annotation} is over {limit} bytes long, more than any valid value; {}",
+        remedy(.annotation)
+    )]
+    TooLong { annotation: String, limit: usize },
     /// Not a usable public key.
     #[error("annotation {annotation} is \"{value}\", {source}; {}", remedy(.annotation))]
-    Key { annotation: &'static str, value: String, source: PublicKeyError },
+    Key { annotation: String, value: String, source: PublicKeyError },
     /// Any other bad value.
     #[error("annotation {annotation} is \"{value}\", {problem}; {}", remedy(.annotation))]
-    Value { annotation: &'static str, value: String, problem: &'static str },
+    Value { annotation: String, value: String, problem: &'static str },
     /// An endpoint that could only be reached through the mesh itself.
     #[error(
         "annotation {annotation} is {address}, inside the cluster network {network}, \
          where an underlay address cannot be; {}", remedy(.annotation)
     )]
-    EndpointInPodNetwork { annotation: &'static str, address: IpAddr, network: IpNet },
+    EndpointInPodNetwork { annotation: String, address: IpAddr, network: IpNet },
     /// No endpoint of either family.
     #[error("publishes no endpoint: check --iface and --public-ip of its agent")]
     NoEndpoint,
@@ -70,13 +73,13 @@ pub enum Refusal {
         "annotation {annotation} is this node's own key: a copied key file or a forged \
          annotation; remove /var/lib/gambeson on that node if it is a clone"
     )]
-    OwnKey { annotation: &'static str },
+    OwnKey { annotation: String },
     /// Two Nodes publish one key. The one that had it first keeps it.
     #[error(
         "annotation {annotation} is the key of node {owner}: a copied key file or a forged \
          annotation; remove /var/lib/gambeson on that node if it is a clone"
     )]
-    DuplicateKey { annotation: &'static str, owner: NodeName },
+    DuplicateKey { annotation: String, owner: NodeName },
     /// Two Nodes have one pod subnet. The one that had it first keeps it.
     #[error(
         "pod CIDR {cidr} overlaps {other} of node {owner}; delete the Node that should not have it"
@@ -84,10 +87,10 @@ pub enum Refusal {
     Overlap { cidr: IpNet, other: IpNet, owner: NodeName },
     /// An older generation than one seen before.
     #[error(
-        "annotation key-generation went back from {known} to {published}; if its key file was \
+        "annotation {annotation} went back from {known} to {published}; if its key file was \
          lost, delete the Node and restart its kubelet, which makes it a new one"
     )]
-    GenerationBack { published: Generation, known: Generation },
+    GenerationBack { annotation: String, published: Generation, known: Generation },
     /// The pair has no transport that both accept.
     #[error(
         "accepts {theirs} and this node {ours}: no transport in common; set --transports on both"
@@ -126,7 +129,7 @@ pub(crate) fn excerpt(text: &str) -> String {
 }
 
 fn remedy(annotation: &str) -> &'static str {
-    if annotation.starts_with(annotation::CONFIG) {
+    if annotation.starts_with(annotation::CONFIG_PREFIX) {
         "correct it with kubectl annotate"
     } else {
         "only the agent there should write it: see its log and who else may patch Nodes"

@@ -28,7 +28,8 @@ fn refused(name: &str, value: &str) -> String {
     } else {
         with(name, Some(value)).expect_err(value).to_string()
     };
-    assert!(message.contains(&format!("annotation {name} ")), "{message}");
+    let key = annotation::key(DEFAULT_PREFIX, name);
+    assert!(message.contains(&format!("annotation {key} ")), "{message}");
     assert!(message.len() < 500, "{message}");
     message
 }
@@ -89,7 +90,7 @@ fn a_bad_key_is_refused_and_named() {
         one[0] = 1;
         assert!(refused(name, &encode(&one)).contains("low-order"));
         let message = refused(name, &"A".repeat(256 * 1024));
-        assert!(message.contains("262144 bytes long"), "{message}");
+        assert!(message.contains("over 256 bytes long"), "{message}");
     }
     assert!(refused("next-public-key", &key(2).to_string()).contains("same as public-key"));
 }
@@ -99,7 +100,7 @@ fn a_bad_key_is_refused_and_named() {
 fn missing_annotations_are_named() {
     for name in ["public-key", "key-generation"] {
         let refusal = with(name, None).unwrap_err();
-        assert!(refusal.to_string().contains(&format!("annotation {name} is missing")));
+        assert!(refusal.to_string().contains(&format!("annotation gambeson.io/{name} is missing")));
         assert!(!refusal.is_waiting());
     }
     let mut bare = record(&local(2, 0));

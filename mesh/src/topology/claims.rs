@@ -51,9 +51,11 @@ impl<'a> Claims<'a> {
     fn check(&self, node: &Node) -> Result<(), Refusal> {
         for (annotation, key) in keys(node) {
             if self.local.keys.values().any(|own| *own == key) {
+                let annotation = annotation::key(&self.local.prefix, annotation);
                 return Err(Refusal::OwnKey { annotation });
             }
             if let Some(owner) = self.keys.get(&key) {
+                let annotation = annotation::key(&self.local.prefix, annotation);
                 return Err(Refusal::DuplicateKey { annotation, owner: excerpt(owner) });
             }
         }

@@ -110,7 +110,8 @@ fn a_typing_error_in_an_option_costs_the_option_only() {
             assert_eq!(mesh.refused, BTreeMap::new());
             assert_eq!(changes(&observed, &mesh), []);
             let problem = mesh.ignored["node-2"][0].to_string();
-            assert!(problem.contains(name) && problem.contains("kubectl annotate"), "{problem}");
+            let key = name.replace("config/", "config.gambeson.io/");
+            assert!(problem.contains(&key) && problem.contains("kubectl annotate"), "{problem}");
         }
     }
 }
