@@ -13,6 +13,7 @@ mod preflight;
 mod reconciler;
 mod reporter;
 mod tasks;
+mod words;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -25,9 +26,10 @@ use tracing::{debug, info, warn};
 use device_watch::Devices;
 pub use error::AgentError;
 use pacer::{Cause, Pacer};
-use reconciler::{Pass, Reconciler, chain};
+use reconciler::{Pass, Reconciler};
 use reporter::Reporter;
 use tasks::Tasks;
+use words::chain;
 
 use crate::apply::{Events, Kernel, Scope};
 use crate::cluster::{

@@ -6,9 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
-use gambeson_mesh::desired::{Desired, Implementation, NextHop, RouteKey};
+use gambeson_mesh::desired::{Desired, Implementation, NextHop};
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, annotation, pod_cidrs};
-use gambeson_mesh::observed::{ForeignRoute, ForwardDrop, Observed};
+use gambeson_mesh::observed::Observed;
 use gambeson_mesh::plan::{self, Action, Plan};
 use gambeson_mesh::topology::{Mesh, Topology};
 use gambeson_mesh::transport;
@@ -16,6 +16,7 @@ use ipnet::IpNet;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
+use super::words::{self, chain, describe};
 use super::{AgentError, overlap, preflight};
 use crate::apply::{ApplyError, Kernel};
 use crate::cluster::{NodeStore, Publication};
@@ -432,21 +433,7 @@ impl Reconciler {
             }
             pass.problems.push(error.to_string());
         }
-        for ForwardDrop { family, table, chain } in &plan.blocked {
-            pass.problems.push(format!(
-                "the firewall chain {family} {table} {chain} drops what pods send to other nodes \
-                 (policy drop), which no rule of gambeson can prevent; accept the cluster networks \
-                 in it, or give --iptables-forward-rules=false if it does already"
-            ));
-        }
-        for (foreign, ours) in &plan.overruled {
-            let ForeignRoute { key: RouteKey { destination, metric }, protocol, leads } = foreign;
-            pass.problems.push(format!(
-                "route {destination} metric {metric} ({leads}, protocol {protocol}) was not made by \
-                 gambeson and takes the packets to the pods in {ours}; it is left alone, delete \
-                 it (`ip route delete {destination} metric {metric}`)"
-            ));
-        }
+        pass.problems.extend(words::obstacles(plan));
         Ok(())
     }
 
@@ -554,30 +541,6 @@ fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
             .all(|(key, route)| observed.routes.get(key) == Some(route))
 }
 
-/// A change in a few words, for the log.
-fn describe(action: &Action) -> String {
-    match action {
-        Action::SetRuleset(_) => "guard".to_owned(),
-        Action::AcceptForwarded(drop) => format!("accept in {} {}", drop.family, drop.table),
-        Action::SetSysctl(sysctl, value) => format!("{} = {value}", sysctl.path()),
-        Action::AddLink { device, .. } => format!("+ link {device}"),
-        Action::MarkLink(device) => format!("{device} alias"),
-        Action::DeleteLink(device) => format!("- link {device}"),
-        Action::SetLinkMtu { device, mtu } => format!("{device} mtu {mtu}"),
-        Action::SetLinkUp(device) => format!("{device} up"),
-        Action::AddAddress { device, address } => format!("+ {address} on {device}"),
-        Action::DeleteAddress { device, address } => format!("- {address} on {device}"),
-        Action::ConfigureWireGuard { device, change } => {
-            let (set, removed) = (change.set_peers.len(), change.remove_peers.len());
-            format!("{device} peers +{set} -{removed}")
-        }
-        Action::PutRoute(key, _) => format!("+ route {}", key.destination),
-        Action::DeleteRoute(key) => format!("- route {}", key.destination),
-        Action::AddRule(rule) => format!("+ rule to {}", rule.destination),
-        Action::DeleteRule(rule) => format!("- rule to {}", rule.destination),
-    }
-}
-
 fn publish(publication: &watch::Sender<Option<Publication>>, local: &Local, ready: bool) {
     let wanted = Publication { annotations: local.annotations(), network_up: ready };
     publication.send_if_modified(|current| {
@@ -587,18 +550,4 @@ fn publish(publication: &watch::Sender<Option<Publication>>, local: &Local, read
         }
         changed
     });
-}
-
-/// An error and its causes in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let part = error.to_string();
-        if !text.contains(&part) {
-            text = format!("{text}: {part}");
-        }
-        cause = error.source();
-    }
-    text
 }
