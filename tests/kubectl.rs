@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use gambeson::lab::{Lab, Options};
 use serde_json::Value;
 
-use crate::common::agent::{eventually, peers, refusal, status_when, stranger, userspace};
+use crate::common::agent::{eventually, peers, status_when, stranger, userspace};
 use crate::common::lab::{GAMBESON, both, lab_up, stdout_of, unique_name};
 
 fn gambeson(arguments: &[&str]) -> Output {
@@ -48,19 +48,20 @@ fn kubectl_shows_and_changes_what_agents_publish_and_follow() {
     }
     assert!(kubectl(&lab, &["get", "nodes"]).contains("node-2   Ready"));
 
-    // An operator's override, a bad one, and its removal.
+    // An operator's option, with a typing error, and its removal.
     let keepalive = "config.gambeson.io/persistent-keepalive";
     kubectl(&lab, &["annotate", "node", "node-2", &format!("{keepalive}=often")]);
-    status_when(node, "refuses the override", |status| {
-        refusal(status, "node-2").is_some_and(|r| r.kept && r.reason.contains("\"often\""))
+    status_when(node, "warns of the option", |status| {
+        let warned = status.warnings.iter().any(|warning| warning.contains("\"often\""));
+        warned && status.refused.is_empty()
     });
     let events = eventually(node, "leaves an Event", || {
         let events = kubectl(&lab, &["get", "events", "-A"]);
-        events.contains("PeerRefused").then_some(events)
+        events.contains("OptionIgnored").then_some(events)
     });
-    assert!(events.contains("Peer node-2 is refused"), "{events}");
+    assert!(events.contains(&format!("Node node-2: annotation {keepalive} is")), "{events}");
     kubectl(&lab, &["annotate", "node", "node-2", &format!("{keepalive}-")]);
-    status_when(node, "is content", |status| status.refused.is_empty());
+    status_when(node, "is content", |status| status.warnings.is_empty());
 
     // What the agent publishes it corrects.
     kubectl(&lab, &["annotate", "--overwrite", "node", "node-2", "gambeson.io/mtu=600"]);
@@ -183,10 +184,10 @@ fn exec_is_transparent_and_wrong_names_are_explained() {
         (&["restart", "--name", no_lab, "node-1"], 1, "there is no lab"),
         (&["down", "--name", no_lab], 0, "does not exist"),
         (&["up", "--name", "../etc"], 2, "cannot name a lab"),
-        (&["up", "--name", no_lab, "--nodes", "0"], 1, "1 to 100 nodes"),
+        (&["up", "--name", no_lab, "--nodes", "0"], 2, "1 to 100 nodes"),
         (&["up", "--name", no_lab, "--family", "v5"], 2, "v4, v6 or dual"),
-        (&["up", "--name", no_lab, "--wireguard", "node-9=kernel"], 1, "node-9"),
-        (&["up", "--name", no_lab, "--underlay-mtu", "100"], 1, "1360 to 65535"),
+        (&["up", "--name", no_lab, "--wireguard", "node-9=kernel"], 2, "node-9"),
+        (&["up", "--name", no_lab, "--underlay-mtu", "100"], 2, "1360 to 65535"),
     ] {
         let output = gambeson(&[&["lab"], arguments].concat());
         let text = both(&output);

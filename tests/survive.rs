@@ -176,9 +176,13 @@ pub(crate) fn closed_without_agents(options: Options) {
     for address in two.addresses() {
         assert!(!watch.canary(one, address), "answered without a tunnel");
     }
-    // Each line of defence holds by itself: first the routes alone, then the guard alone.
+    // Each line of defence holds by itself: first the routes alone, then the guard alone, then
+    // the rules alone.
     let environment = node.environment();
-    run(&environment, "nft flush ruleset");
+    let no_rules = "for ip in 'ip -4' 'ip -6'; do for pref in 15100 15101; do
+                    $ip rule delete pref $pref || true; done; done";
+    let no_routes = "ip route flush proto 151; ip -6 route flush proto 151";
+    run(&environment, &format!("nft flush ruleset; {no_rules}"));
     assert!(!watch.canary(one, two.addresses()[0]));
     watch.assert_silent();
     for node in lab.nodes() {
@@ -191,13 +195,24 @@ pub(crate) fn closed_without_agents(options: Options) {
     within(PATIENCE, "the device goes", || {
         node.exec(&["sh", "-c", gone]).unwrap().status.success().then_some(())
     });
-    run(&environment, "ip route flush proto 151; ip -6 route flush proto 151");
+    let rules = run(&environment, "ip rule show; ip -6 rule show");
+    assert_eq!(rules.matches(" unreachable").count(), two.addresses().len(), "{rules}");
+    run(&environment, &format!("{no_routes}; {no_rules}"));
     let watch = Watch::start(&lab);
     for address in two.addresses() {
         assert!(!watch.canary(one, address), "answered without a tunnel");
     }
     watch.assert_silent();
     assert!(guard_drops(node).0 > 0, "the guard saw nothing");
+    node.start_agent().unwrap();
+    assert_connected(&lab, "node-1", "node-2");
+    node.kill_agent().unwrap();
+    run(&environment, &format!("nft flush ruleset; {no_routes}"));
+    let watch = Watch::start(&lab);
+    for address in two.addresses() {
+        assert!(!watch.canary(one, address), "answered without a route");
+    }
+    watch.assert_silent();
 }
 
 #[test]

@@ -133,7 +133,12 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
 /// Refuses cluster networks that would cut this node off from what it lives on.
 async fn check_networks(config: &Config, connector: &Connector) -> Result<(), AgentError> {
     let networks = &config.cluster_networks;
-    let overlap = match overlap::with_host(networks, &config.bridge).await? {
+    // What cannot be read now is looked at again in every pass; the guard does not wait for it.
+    let host = overlap::with_host(networks, &config.bridge).await.unwrap_or_else(|error| {
+        warn!(error = chain(&error), "cannot compare --cluster-cidr with this host's networks");
+        None
+    });
+    let overlap = match host {
         Some(overlap) => Some(overlap),
         None => {
             let server = connector.server_address().await;

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 
 use super::reconciler::{Pass, View};
 use crate::apply::GuardDrops;
-use crate::cluster::{Note, Recorder};
+use crate::cluster::{Note, Reason, Recorder};
 use crate::status::{
     GuardStatus, PeerStatus, RefusedStatus, Status, UnderlayStatus, transport_name,
 };
@@ -86,7 +86,7 @@ impl Reporter {
         if let Some(view) = &pass.view {
             self.report_peers(&view.mesh);
             self.report_refused(&view.mesh, &view.node_uid);
-            self.report_warnings(&view.mesh);
+            self.report_warnings(&view.mesh, &view.node_uid);
         }
         if pass.ready && !self.ready {
             info!("ready");
@@ -155,8 +155,8 @@ impl Reporter {
             warn!(peer = name, reason = %refusal, kept, "peer refused");
             self.events.record(Note {
                 node_uid: node_uid.to_owned(),
-                peer: name.clone(),
-                reason: refusal.to_string(),
+                reason: Reason::PeerRefused,
+                message: format!("Peer {name} is refused: {refusal}"),
             });
         }
         for (name, refusal) in &self.refused {
@@ -168,10 +168,15 @@ impl Reporter {
         self.refused.clone_from(&mesh.refused);
     }
 
-    fn report_warnings(&mut self, mesh: &Mesh) {
+    fn report_warnings(&mut self, mesh: &Mesh, node_uid: &str) {
         let warnings: BTreeSet<String> = warnings(mesh).collect();
         for warning in warnings.difference(&self.warnings) {
             warn!("{warning}");
+            self.events.record(Note {
+                node_uid: node_uid.to_owned(),
+                reason: Reason::OptionIgnored,
+                message: warning.clone(),
+            });
         }
         self.warnings = warnings;
     }

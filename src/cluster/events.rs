@@ -1,4 +1,5 @@
-//! Events on this Node, so that `kubectl describe node` says which peers are refused and why.
+//! Events on this Node, so that `kubectl describe node` says which peers are refused and
+//! which options count as not set, and why.
 
 use gambeson_mesh::NodeName;
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
@@ -24,10 +25,28 @@ const QUEUE: usize = 64;
 pub struct Note {
     /// UID of this Node.
     pub node_uid: String,
-    /// The peer that it is about.
-    pub peer: NodeName,
-    /// What is wrong with it.
-    pub reason: String,
+    /// What kind of thing it is.
+    pub reason: Reason,
+    /// What is wrong, and with which Node.
+    pub message: String,
+}
+
+/// The reason of an Event, by which programs tell them apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// A peer, or its newest state, is not used.
+    PeerRefused,
+    /// An option that somebody set on a Node cannot be used.
+    OptionIgnored,
+}
+
+impl Reason {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::PeerRefused => "PeerRefused",
+            Self::OptionIgnored => "OptionIgnored",
+        }
+    }
 }
 
 /// Takes notes without ever waiting.
@@ -62,7 +81,7 @@ impl EventWriter {
     pub async fn run(mut self) {
         while let Some(note) = self.notes.recv().await {
             if let Err(error) = self.write(&note).await {
-                debug!(%error, peer = note.peer, "the Event was not written");
+                debug!(%error, message = note.message, "the Event was not written");
             }
         }
     }
@@ -76,8 +95,7 @@ impl EventWriter {
 }
 
 fn event(node: &str, note: &Note, now: Timestamp) -> Event {
-    let message = format!("Peer {} is refused: {}", note.peer, note.reason);
-    let message = beginning(&message, MESSAGE_MAX).to_owned();
+    let message = beginning(&note.message, MESSAGE_MAX).to_owned();
     // A Node's name may be as long as an Event's: leave room for the suffix.
     let stem = beginning(node, 230);
     Event {
@@ -94,7 +112,7 @@ fn event(node: &str, note: &Note, now: Timestamp) -> Event {
             ..ObjectReference::default()
         },
         type_: Some("Warning".to_owned()),
-        reason: Some("PeerRefused".to_owned()),
+        reason: Some(note.reason.as_str().to_owned()),
         message: Some(message),
         source: Some(EventSource {
             component: Some("gambeson".to_owned()),
@@ -114,17 +132,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn says_which_peer_and_why_within_the_limits() {
+    fn says_what_is_wrong_within_the_limits() {
         let note = Note {
             node_uid: "u".into(),
-            peer: "node-2".into(),
-            reason: "x".repeat(2 * MESSAGE_MAX),
+            reason: Reason::PeerRefused,
+            message: "x".repeat(2 * MESSAGE_MAX),
         };
         let event = event(&"n".repeat(253), &note, Timestamp::UNIX_EPOCH);
         assert!(event.metadata.name.unwrap().len() <= 253);
         let message = event.message.unwrap();
-        assert!(message.starts_with("Peer node-2 is refused: x"));
         assert_eq!(message.len(), MESSAGE_MAX);
+        assert_eq!(event.reason.as_deref(), Some("PeerRefused"));
         assert_eq!(event.involved_object.uid.as_deref(), Some("u"));
     }
 }

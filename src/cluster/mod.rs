@@ -13,7 +13,7 @@ mod watch;
 
 pub use backoff::Backoff;
 pub use connect::{ConnectError, Connector, RequestError};
-pub use events::{EventWriter, Note, Recorder};
+pub use events::{EventWriter, Note, Reason, Recorder};
 pub use object::{Condition, NodeObject};
 pub use publish::{Difference, Publication, Publisher};
 pub use store::{NodeStore, Nodes};

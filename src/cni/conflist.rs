@@ -3,8 +3,10 @@
 
 use serde_json::{Map, Value};
 
-use super::install::{FLANNEL_NAME, PLUGIN_NAME};
-
+/// File name of the plugin.
+pub const PLUGIN_NAME: &str = "gambeson-cni";
+/// The other name the plugin answers to, for configurations that Flannel wrote.
+pub const FLANNEL_NAME: &str = "flannel";
 /// The bridge that the reference plugin makes when none is named.
 pub const DEFAULT_BRIDGE: &str = "cni0";
 

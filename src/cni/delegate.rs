@@ -2,15 +2,22 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Output, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use serde_json::{Map, Value};
 
 use super::error::{DELEGATE_UNUSABLE, Reported};
 use super::{CniError, Command};
 
 const LONGEST_QUOTE: usize = 1024;
+/// Many pods at once wait for each other's leases. A kubelet gives up after two minutes.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// The plugin that does the work, found on disk.
 #[derive(Debug)]
@@ -63,8 +70,9 @@ impl Plugin {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
+            .process_group(0)
             .spawn()
-            .and_then(|child| converse(child, conf))
+            .and_then(|child| converse(child, conf, LIMIT))
             .map_err(|source| CniError::DelegateRun { program: self.program.clone(), source })?;
         if output.status.success() {
             return Ok(output.stdout);
@@ -79,15 +87,30 @@ impl Plugin {
 }
 
 // Writes from a thread of its own: a delegate may print before it has read everything, and
-// neither side must wait for the other.
-fn converse(mut child: Child, input: &[u8]) -> io::Result<Output> {
+// neither side must wait for the other. Another ends what takes longer than `limit`.
+fn converse(mut child: Child, input: &[u8], limit: Duration) -> io::Result<Output> {
     let stdin = child.stdin.take();
+    let group = i32::try_from(child.id()).map(Pid::from_raw).map_err(io::Error::other)?;
+    let (ended, wait) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
         scope.spawn(move || {
             // A delegate that does not read its input says in its output why.
             let _ = stdin.map(|mut stdin| stdin.write_all(input));
         });
-        child.wait_with_output()
+        let watchdog = scope.spawn(move || {
+            let hangs = wait.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            // With what it has started, which may hold its output open.
+            hangs && killpg(group, Signal::SIGKILL).is_ok()
+        });
+        let output = child.wait_with_output();
+        drop(ended);
+        match watchdog.join() {
+            Ok(true) => Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("did not end within {} s and was ended", limit.as_secs()),
+            )),
+            _ => output,
+        }
     })
 }
 
@@ -96,5 +119,33 @@ fn is_this_program(program: &Path) -> bool {
     match (fs::metadata(program), fs::metadata("/proc/self/exe")) {
         (Ok(theirs), Ok(ours)) => (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()),
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn shell(script: &str, limit: Duration) -> io::Result<Output> {
+        let child = std::process::Command::new("sh")
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .spawn()?;
+        converse(child, b"input", limit)
+    }
+
+    #[test]
+    fn a_delegate_that_hangs_is_ended_with_all_it_started() {
+        let start = Instant::now();
+        let error = shell("sleep 100 & sleep 100", Duration::from_secs(1)).unwrap_err();
+        assert!(error.to_string().contains("within 1 s"), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(20));
+        let output = shell("cat", Duration::from_secs(100)).unwrap();
+        assert_eq!(output.stdout, b"input");
+        assert!(start.elapsed() < Duration::from_secs(20));
     }
 }

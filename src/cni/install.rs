@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::conflist;
+pub use super::conflist::{FLANNEL_NAME, PLUGIN_NAME};
 use crate::files;
 
 /// Where container runtimes look for CNI plugins.
@@ -15,10 +16,6 @@ pub const DEFAULT_BIN_DIR: &str = "/opt/cni/bin";
 pub const DEFAULT_CONF_DIR: &str = "/etc/cni/net.d";
 /// File name of the configuration: the one Flannel uses, so that it is replaced, not joined.
 pub const CONFLIST_NAME: &str = "10-flannel.conflist";
-/// File name of the plugin.
-pub const PLUGIN_NAME: &str = "gambeson-cni";
-/// The other name the plugin answers to, for configurations that Flannel wrote.
-pub const FLANNEL_NAME: &str = "flannel";
 
 const BINARY_MODE: u32 = 0o755;
 const CONFLIST_MODE: u32 = 0o644;

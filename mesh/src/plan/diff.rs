@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Action, Plan, wireguard};
 use ipnet::IpNet;
 
+use super::{Action, Plan, wireguard};
 use crate::desired::{Desired, Implementation, NextHop, Route, Ruleset, Sysctl, WireGuardDevice};
 use crate::observed::{ForeignRoute, Observed, ObservedLink, ObservedWireGuard};
 use crate::session::DeviceName;
