@@ -62,6 +62,7 @@ pub(crate) const DEVICES: &[&str] = &[
     "ip address flush dev gambeson0 scope global",
     "ip link set gambeson0 alias theirs",
     "ip link set gambeson0 alias ''",
+    "ip link set gambeson0 alias theirs; wg genkey | wg set gambeson0 private-key /dev/stdin",
 ];
 
 pub(crate) const ROUTES: &[&str] = &[

@@ -66,6 +66,8 @@ impl ForwardDrop {
 pub struct ObservedLink {
     /// Whether it carries our alias. A foreign link is never touched.
     pub ours: bool,
+    /// Whether this process has seen the very link, by its index, with our alias.
+    pub known: bool,
     /// What kind it is, or `None` for a kind we never make.
     pub implementation: Option<Implementation>,
     /// Administratively up.

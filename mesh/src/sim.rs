@@ -38,6 +38,7 @@ pub(crate) fn step(
         Action::AddLink { device, implementation, mtu } => {
             let link = ObservedLink {
                 ours: true,
+                known: true,
                 implementation: Some(*implementation),
                 up: false,
                 mtu: *mtu,

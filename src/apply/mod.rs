@@ -63,6 +63,8 @@ pub struct Kernel {
     program: PathBuf,
     /// Endpoints as they were written last. Where a peer is now may differ: it roams.
     pinned: BTreeMap<(DeviceName, PublicKey), SocketAddr>,
+    /// Indices of the links that were seen with our alias.
+    known: BTreeMap<DeviceName, u32>,
     scope: Scope,
     ruleset: Option<nft::Written>,
     guard_whole: Option<SystemTime>,
@@ -93,6 +95,7 @@ impl Kernel {
             netlink,
             program,
             pinned: BTreeMap::new(),
+            known: BTreeMap::new(),
             scope,
             ruleset: None,
             guard_whole: None,
@@ -205,8 +208,12 @@ impl Kernel {
         device: DeviceName,
         link: link::Link,
     ) -> Result<ObservedLink, ApplyError> {
+        if link.ours {
+            self.known.insert(device, link.index);
+        }
         let mut observed = ObservedLink {
             ours: link.ours,
+            known: self.known.get(&device) == Some(&link.index),
             implementation: link.implementation,
             up: link.up,
             mtu: link.mtu,

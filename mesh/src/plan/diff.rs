@@ -258,12 +258,12 @@ impl<'a> Difference<'a> {
     }
 }
 
-/// A link is ours only when it has our mark, or holds the key that it should, which nobody
-/// else has, and is of a kind we make.
+/// A link is ours only when it has our mark, or had it when it was last seen, or holds the key
+/// that it should, which nobody else has, and is of a kind we make.
 fn is_ours(link: &ObservedLink, wanted: Option<&WireGuardDevice>) -> bool {
     let key = link.wireguard.as_ref().and_then(|wireguard| wireguard.public_key);
     let has_our_key = key.is_some() && key == wanted.map(|device| device.public_key);
-    (link.ours || has_our_key) && link.implementation.is_some()
+    (link.ours || link.known || has_our_key) && link.implementation.is_some()
 }
 
 /// Of the other kind, or a TUN device whose process is gone. A kernel link whose state could

@@ -111,7 +111,7 @@ fn a_foreign_device_is_named_and_left_alone() {
     for (ours, implementation) in [(false, Some(Implementation::Kernel)), (true, None)] {
         let mut observed = settled.clone();
         let link = observed.links.get_mut(&device(0)).unwrap();
-        (link.ours, link.implementation) = (ours, implementation);
+        (link.ours, link.known, link.implementation) = (ours, false, implementation);
         link.wireguard.as_mut().unwrap().public_key = Some(key(99));
         let plan = Plan::new(&desired, &observed);
         assert_eq!(plan.foreign, BTreeSet::from([device(0)]));
@@ -125,7 +125,7 @@ fn a_foreign_device_is_named_and_left_alone() {
     }
     // Nor through one whose name is not in use.
     let mut observed = settled.clone();
-    let foreign = ObservedLink { ours: false, ..observed.links[&device(0)].clone() };
+    let foreign = ObservedLink { ours: false, known: false, ..observed.links[&device(0)].clone() };
     observed.links.insert(device(3), foreign);
     let plan = Plan::new(&desired, &observed);
     assert_eq!(plan.actions, [Action::SetRuleset(without(&desired, "gambeson3"))]);
@@ -140,10 +140,16 @@ fn without(desired: &Desired, name: &str) -> Ruleset {
 }
 
 #[test]
-fn a_device_that_lost_its_alias_is_known_by_its_key() {
+fn a_device_that_lost_its_alias_is_known_by_its_key_or_by_itself() {
     let (desired, mut observed) = settled();
-    observed.links.get_mut(&device(0)).unwrap().ours = false;
+    let link = observed.links.get_mut(&device(0)).unwrap();
+    (link.ours, link.known) = (false, false);
     assert_eq!(plan(&desired, &observed), [Action::MarkLink(device(0))]);
+    observed.links.get_mut(&device(0)).unwrap().known = true;
+    first_state(&mut observed).public_key = None;
+    let actions = plan(&desired, &observed);
+    assert_eq!(actions[0], Action::MarkLink(device(0)));
+    assert!(matches!(&actions[1..], [Action::ConfigureWireGuard { .. }]), "{actions:?}");
 }
 
 #[test]

@@ -85,6 +85,7 @@ fn any_link() -> impl Strategy<Value = ObservedLink> {
     )
         .prop_map(|(ours, implementation, up, mtu, addresses, wireguard)| ObservedLink {
             ours,
+            known: false,
             implementation,
             up,
             mtu,
