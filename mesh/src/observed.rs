@@ -66,7 +66,8 @@ impl ForwardDrop {
 pub struct ObservedLink {
     /// Whether it carries our alias. A foreign link is never touched.
     pub ours: bool,
-    /// Whether this process has seen the very link, by its index, with our alias.
+    /// Whether it is known to be ours in another way: this process has seen the very link, by
+    /// its index, with our alias, or it holds a key of this node.
     pub known: bool,
     /// What kind it is, or `None` for a kind we never make.
     pub implementation: Option<Implementation>,
@@ -78,6 +79,13 @@ pub struct ObservedLink {
     pub addresses: BTreeSet<IpNet>,
     /// Its WireGuard state, or `None` when it could not be read (a tunnel process that is gone).
     pub wireguard: Option<ObservedWireGuard>,
+}
+
+impl ObservedLink {
+    /// Whether it is ours, with our alias or without.
+    pub fn is_ours(&self) -> bool {
+        (self.ours || self.known) && self.implementation.is_some()
+    }
 }
 
 /// WireGuard state of a link.

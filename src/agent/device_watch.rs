@@ -30,15 +30,18 @@ pub(super) async fn watch(mut devices: watch::Receiver<Devices>, changed: watch:
         sleep(pause).await;
         let Some(wanted) = devices.borrow_and_update().clone() else { continue };
         let started = Instant::now();
-        if let Some(device) = first_changed(&wanted).await {
-            debug!(%device, "changed by somebody else");
-            changed.send_modify(|count| *count += 1);
-            if devices.changed().await.is_err() {
-                std::future::pending().await
-            }
+        let Some(device) = first_changed(&wanted).await else {
+            let rest = started.elapsed().saturating_mul(PAUSE_PER_LOOK);
+            pause = rest.clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+            continue;
+        };
+        debug!(%device, "changed by somebody else");
+        changed.send_modify(|count| *count += 1);
+        if devices.changed().await.is_err() {
+            std::future::pending().await
         }
-        let rest = started.elapsed().saturating_mul(PAUSE_PER_LOOK);
-        pause = rest.clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        // How long that took says nothing about what a look takes.
+        pause = SHORTEST_PAUSE;
     }
 }
 

@@ -8,7 +8,7 @@ use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
 use gambeson_mesh::desired::{Desired, Implementation, NextHop};
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, annotation, pod_cidrs};
-use gambeson_mesh::observed::Observed;
+use gambeson_mesh::observed::{Observed, ObservedLink};
 use gambeson_mesh::plan::{self, Action, Plan};
 use gambeson_mesh::topology::{Mesh, Topology};
 use gambeson_mesh::transport;
@@ -271,7 +271,13 @@ impl Reconciler {
 
     /// Reads the kernel. At first sight, what a former agent left there is remembered.
     async fn observe(&mut self) -> Result<Observed, ApplyError> {
-        let observed = self.kernel.observe().await?;
+        let mut observed = self.kernel.observe().await?;
+        let own = self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::publics);
+        for link in observed.links.values_mut() {
+            // Whoever changed its alias, nobody else has the key.
+            let key = link.wireguard.as_ref().and_then(|wireguard| wireguard.public_key);
+            link.known |= key.is_some_and(|key| own.values().any(|known| *known == key));
+        }
         if !self.recovered {
             self.topology.recover(&observed);
             self.recovered = true;
@@ -387,8 +393,11 @@ impl Reconciler {
         if let Some(decided) = self.implementation {
             return Ok(decided);
         }
-        let running =
-            observed.links.values().filter(|link| link.ours).find_map(|link| link.implementation);
+        let running = observed
+            .links
+            .values()
+            .filter(|link| link.is_ours())
+            .find_map(|link| link.implementation);
         let decided = match (self.config.wireguard, running) {
             (WireGuardMode::Auto, Some(running)) => running,
             (WireGuardMode::Userspace, _) => Implementation::Userspace,
@@ -445,7 +454,7 @@ impl Reconciler {
         desired
             .devices
             .iter()
-            .filter(|(name, _)| !observed.links.get(name).is_some_and(|link| link.ours))
+            .filter(|(name, _)| !observed.links.get(name).is_some_and(ObservedLink::is_ours))
             .try_for_each(|(_, device)| preflight::udp_port(device.listen_port))
     }
 

@@ -28,7 +28,7 @@ pub(super) fn plan(desired: &Desired, observed: &Observed) -> Plan {
 pub(super) fn ruleset(desired: &Desired, observed: &Observed) -> Ruleset {
     let mut ruleset = desired.ruleset.clone();
     for (name, link) in &observed.links {
-        if !is_ours(link, desired.devices.get(name)) {
+        if !link.is_ours() {
             ruleset.trusted_links.remove(name.as_str());
         }
     }
@@ -80,7 +80,7 @@ impl<'a> Difference<'a> {
         };
         for (name, link) in &observed.links {
             let wanted = desired.devices.get(name);
-            let ours = is_ours(link, wanted);
+            let ours = link.is_ours();
             if ours && !link.ours {
                 difference.unmarked.insert(*name);
             }
@@ -256,14 +256,6 @@ impl<'a> Difference<'a> {
     fn is_flushed(&self, next_hop: NextHop) -> bool {
         matches!(next_hop, NextHop::Device(device) if self.remade.contains(&device))
     }
-}
-
-/// A link is ours only when it has our mark, or had it when it was last seen, or holds the key
-/// that it should, which nobody else has, and is of a kind we make.
-fn is_ours(link: &ObservedLink, wanted: Option<&WireGuardDevice>) -> bool {
-    let key = link.wireguard.as_ref().and_then(|wireguard| wireguard.public_key);
-    let has_our_key = key.is_some() && key == wanted.map(|device| device.public_key);
-    (link.ours || link.known || has_our_key) && link.implementation.is_some()
 }
 
 /// Of the other kind, or a TUN device whose process is gone. A kernel link whose state could

@@ -140,12 +140,10 @@ fn without(desired: &Desired, name: &str) -> Ruleset {
 }
 
 #[test]
-fn a_device_that_lost_its_alias_is_known_by_its_key_or_by_itself() {
+fn a_device_that_lost_its_alias_and_is_known_gets_it_back_before_anything_else() {
     let (desired, mut observed) = settled();
-    let link = observed.links.get_mut(&device(0)).unwrap();
-    (link.ours, link.known) = (false, false);
+    observed.links.get_mut(&device(0)).unwrap().ours = false;
     assert_eq!(plan(&desired, &observed), [Action::MarkLink(device(0))]);
-    observed.links.get_mut(&device(0)).unwrap().known = true;
     first_state(&mut observed).public_key = None;
     let actions = plan(&desired, &observed);
     assert_eq!(actions[0], Action::MarkLink(device(0)));

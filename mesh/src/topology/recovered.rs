@@ -33,7 +33,7 @@ pub(super) struct Recovered {
 /// Every peer of our devices. Of two that have the same prefixes, the one that packets go to.
 pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
     let mut found: BTreeMap<BTreeSet<IpNet>, (bool, Recovered)> = BTreeMap::new();
-    for (device, link) in observed.links.iter().filter(|(_, link)| link.ours) {
+    for (device, link) in observed.links.iter().filter(|(_, link)| link.is_ours()) {
         let peers = link.wireguard.iter().flat_map(|wireguard| &wireguard.peers);
         for (key, peer) in peers.filter(|(_, peer)| !peer.allowed_ips.is_empty()) {
             let Some(endpoint) = peer.endpoint else { continue };
