@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport};
+use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport, overlap};
 use ipnet::IpNet;
 use regex::Regex;
 
@@ -422,9 +422,7 @@ fn never_for_pods(network: &IpNet) -> Option<&'static str> {
         ("fe80::/10", "the link-local network (fe80::/10)"),
         ("ff00::/8", "multicast addresses (ff00::/8)"),
     ];
-    let overlaps = |text: &str| {
-        text.parse().is_ok_and(|other: IpNet| network.contains(&other) || other.contains(network))
-    };
+    let overlaps = |text: &str| text.parse().is_ok_and(|other| overlap(&other, network));
     reserved.into_iter().find(|(text, _)| overlaps(text)).map(|(_, what)| what)
 }
 

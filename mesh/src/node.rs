@@ -19,8 +19,8 @@ mod refusal;
 #[cfg(test)]
 mod tests;
 
-pub use parse::pod_cidrs;
-pub(crate) use parse::{LARGEST_MTU, overlap, persistent_keepalive};
+pub(crate) use parse::{LARGEST_MTU, persistent_keepalive};
+pub use parse::{overlap, pod_cidrs};
 pub use refusal::Refusal;
 pub(crate) use refusal::excerpt;
 

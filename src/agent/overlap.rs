@@ -6,10 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
 
+use gambeson_mesh::node::overlap;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol};
+use netlink_packet_route::route::RouteProtocol;
 
 use crate::apply::netlink::Netlink;
 use crate::apply::{ApplyError, link, route};
@@ -62,7 +63,8 @@ pub(super) async fn with_host(
     }
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         for message in route::dump(&mut netlink, family, RouteProtocol::Kernel).await? {
-            let Some(link) = output_link(&message).and_then(|index| links.get(&index)) else {
+            let Some(link) = route::output_link(&message).and_then(|index| links.get(&index))
+            else {
                 continue;
             };
             let Some(key) = route::key_of(&message) else { continue };
@@ -82,13 +84,6 @@ fn is_at_home(name: &str) -> bool {
 
 fn overlapping(networks: &BTreeSet<IpNet>, used: IpNet) -> Option<IpNet> {
     // A default route is no network of this host.
-    let other = |network: &&IpNet| network.contains(&used.trunc()) || used.contains(*network);
-    networks.iter().find(other).filter(|_| used.prefix_len() != 0).copied()
-}
-
-fn output_link(message: &RouteMessage) -> Option<u32> {
-    message.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Oif(index) => Some(*index),
-        _ => None,
-    })
+    let other = networks.iter().find(|network| overlap(network, &used));
+    other.filter(|_| used.prefix_len() != 0).copied()
 }

@@ -48,6 +48,14 @@ pub(super) async fn observe(
     Ok((routes, foreign))
 }
 
+/// Index of the link that a route leads out of, if it is one.
+pub(crate) fn output_link(message: &RouteMessage) -> Option<u32> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => Some(*index),
+        _ => None,
+    })
+}
+
 /// Where a route leads, as `ip route` says it.
 async fn leads(netlink: &mut Netlink, message: &RouteMessage) -> Result<String, ApplyError> {
     let kind = match message.header.kind {
@@ -58,11 +66,7 @@ async fn leads(netlink: &mut Netlink, message: &RouteMessage) -> Result<String, 
         RouteType::Throw => "throw",
         _ => "of another type",
     };
-    let index = message.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Oif(index) => Some(*index),
-        _ => None,
-    });
-    Ok(match (kind, index) {
+    Ok(match (kind, output_link(message)) {
         ("", Some(index)) => format!("dev {}", link::name(netlink, index).await?),
         ("", None) => "over several links".to_owned(),
         _ => kind.to_owned(),

@@ -119,7 +119,7 @@ pub fn pod_cidrs(
 }
 
 /// Whether two prefixes have an address in common.
-pub(crate) fn overlap(a: &IpNet, b: &IpNet) -> bool {
+pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
     a.contains(b) || b.contains(a)
 }
 
