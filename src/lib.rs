@@ -1,6 +1,6 @@
 //! `Node objects -> Mesh -> Desired -> Plan(observed) -> apply -> observe again`
 //!
-//! The agent, command line, CNI plugin and lab of Gambeson, a WireGuard-first encrypted
+//! The agent, command line and CNI plugin of Gambeson, a WireGuard-first encrypted
 //! mesh overlay for Kubernetes. The decisions live in `gambeson_mesh`, keys in
 //! `gambeson_keys`, the userspace WireGuard device in `gambeson_tunnel`; this crate does
 //! the I/O between them, the cluster and the kernel.
@@ -14,7 +14,6 @@ pub mod config;
 pub mod exit;
 mod files;
 pub mod http;
-pub mod lab;
 pub mod status;
 pub mod subnet_env;
 pub mod underlay;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use gambeson::lab::{Lab, Node, Options, Patch};
+use gambeson_lab::{Lab, Node, Options, Patch};
 use nix::sys::signal::Signal;
 use serde_json::json;
 

@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use std::thread;
 use std::time::Duration;
 
-use gambeson::lab::api::{Effect, Fault, LoggedRequest};
-use gambeson::lab::traffic::{FlowReport, Rate, Traffic};
-use gambeson::lab::{Lab, Node, Options, Patch};
+use gambeson_lab::api::{Effect, Fault, LoggedRequest};
+use gambeson_lab::traffic::{FlowReport, Rate, Traffic};
+use gambeson_lab::{Lab, Node, Options, Patch};
 use serde_json::{Value, json};
 
 use crate::common::agent::{

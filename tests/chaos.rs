@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use gambeson::lab::{Family, Lab, Node, Options, Pod, WireguardMode};
+use gambeson_lab::{Family, Lab, Node, Options, Pod, WireguardMode};
 use nix::sys::signal::Signal;
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom as _;
@@ -151,7 +151,7 @@ fn flood(watch: &Watch<'_>, from: Pod<'_>, to: &[IpAddr], stop: &AtomicBool) {
 /// Waits until a node is as it was. What was done to it and the seed tell how to repeat it.
 fn assert_repaired(node: Node<'_>, before: &str, what: &str) {
     let mut last = String::new();
-    let repaired = gambeson::lab::wait::until(Instant::now() + PATIENCE, || {
+    let repaired = gambeson_lab::wait::until(Instant::now() + PATIENCE, || {
         last = fingerprint(node);
         (last == before).then_some(())
     });

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use gambeson::lab::traffic::{FlowReport, Rate, Traffic};
-use gambeson::lab::{Lab, Options, Patch};
 use gambeson::status::PeerStatus;
 use gambeson_keys::PrivateKey;
+use gambeson_lab::traffic::{FlowReport, Rate, Traffic};
+use gambeson_lab::{Lab, Options, Patch};
 use serde_json::{Map, Value, json};
 
 use crate::common::agent::{

@@ -5,7 +5,7 @@ use std::fs;
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
-use gambeson::lab::{Lab, Options};
+use gambeson_lab::{Lab, Options};
 use serde_json::Value;
 
 use crate::common::agent::{eventually, peers, status_when, stranger, userspace};

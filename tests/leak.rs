@@ -5,9 +5,9 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use gambeson::lab::probe::capture::Capture;
-use gambeson::lab::probe::ping::{Echo, Pinger};
-use gambeson::lab::{Environment, Family, Lab, Netns, Node, Options, Patch, Pod, WireguardMode};
+use gambeson_lab::probe::capture::Capture;
+use gambeson_lab::probe::ping::{Echo, Pinger};
+use gambeson_lab::{Environment, Family, Lab, Netns, Node, Options, Patch, Pod, WireguardMode};
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::{Value, json};
 

@@ -6,8 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use gambeson::lab::{Family, Lab, Node, Options, Patch, Progress, WireguardMode, state_dir};
 use gambeson_keys::PrivateKey;
+use gambeson_lab::{Family, Lab, Node, Options, Patch, Progress, WireguardMode, state_dir};
 use nix::sys::signal::Signal;
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};

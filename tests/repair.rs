@@ -4,9 +4,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use gambeson::lab::probe::ping::{Echo, Pinger};
-use gambeson::lab::wait::until;
-use gambeson::lab::{Family, Lab, Node, Options, WireguardMode};
+use gambeson_lab::probe::ping::{Echo, Pinger};
+use gambeson_lab::wait::until;
+use gambeson_lab::{Family, Lab, Node, Options, WireguardMode};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 

@@ -7,8 +7,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use gambeson::lab::{Lab, Node, Options, Patch};
 use gambeson_keys::{Generation, KeyStore};
+use gambeson_lab::{Lab, Node, Options, Patch};
 use serde_json::json;
 
 use crate::common::agent::{address, answers, eventually, peers, status_when, userspace};

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use gambeson::lab::{Lab, Node, Options, Patch};
+use gambeson_lab::{Lab, Node, Options, Patch};
 use serde_json::{Value, json};
 
 use crate::common::agent::{address, answers, refusal, status_json, status_when, userspace};

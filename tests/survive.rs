@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use gambeson::lab::traffic::{FlowReport, Rate, Traffic};
-use gambeson::lab::wait::until;
-use gambeson::lab::{Lab, LabError, Node, Options, Patch, Progress, WireguardMode};
+use gambeson_lab::traffic::{FlowReport, Rate, Traffic};
+use gambeson_lab::wait::until;
+use gambeson_lab::{Lab, LabError, Node, Options, Patch, Progress, WireguardMode};
 use nix::sys::signal::Signal;
 use serde_json::json;
 

@@ -33,13 +33,17 @@ enum Command {
     Status(status::Args),
 }
 
-/// Runs the command line of this process. By the file names `gambeson-cni` and `flannel` the
-/// binary is the CNI plugin; by the file name `gambeson-tunnel` it is `gambeson tunnel`.
-pub fn main() -> ExitCode {
-    // Whoever started this process may have blocked signals, and a mask is inherited.
+/// Whoever started this process may have blocked signals, and a mask is inherited.
+pub fn unblock_signals() {
     if let Err(error) = SigSet::empty().thread_set_mask() {
         eprintln!("gambeson: cannot unblock signals: {error}");
     }
+}
+
+/// Runs the command line of this process. By the file names `gambeson-cni` and `flannel` the
+/// binary is the CNI plugin; by the file name `gambeson-tunnel` it is `gambeson tunnel`.
+pub fn main() -> ExitCode {
+    unblock_signals();
     if cni::invoked_as_plugin() {
         return cni::run(&cni::Args {});
     }
@@ -48,7 +52,7 @@ pub fn main() -> ExitCode {
         Command::Tunnel(args) => tunnel::run(args),
         Command::Cni(args) => return cni::run(&args),
         Command::InstallCni(args) => install_cni::run(args),
-        Command::Lab(args) => lab::run(args),
+        Command::Lab(args) => lab::run(&args),
         Command::Status(args) => status::run(args),
     };
     match result {

@@ -4,11 +4,11 @@ use std::net::IpAddr;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use gambeson::lab::probe::ping::Pinger;
-use gambeson::lab::wait::until;
-use gambeson::lab::{Lab, Node, Options, Pod, WireguardMode, WireguardModes};
 use gambeson::status::{RefusedStatus, Status};
 use gambeson_keys::PrivateKey;
+use gambeson_lab::probe::ping::Pinger;
+use gambeson_lab::wait::until;
+use gambeson_lab::{Lab, Node, Options, Pod, WireguardMode, WireguardModes};
 use serde_json::{Value, json};
 
 use super::lab::{GAMBESON, both, lab_options};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use gambeson::lab::{Lab, LabName, Options, Progress};
+use gambeson_lab::{Lab, LabName, Options, Progress};
 
 /// The program under test.
 pub(crate) const GAMBESON: &str = env!("CARGO_BIN_EXE_gambeson");

@@ -3,9 +3,9 @@
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use gambeson::lab::probe::ping::Pinger;
-use gambeson::lab::wait::until;
-use gambeson::lab::{Environment, Lab, Node, Options, Pod, WireguardMode, WireguardModes};
+use gambeson_lab::probe::ping::Pinger;
+use gambeson_lab::wait::until;
+use gambeson_lab::{Environment, Lab, Node, Options, Pod, WireguardMode, WireguardModes};
 
 use crate::common::lab::lab_options;
 

@@ -4,10 +4,10 @@ use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 use gambeson::exit::Exit;
-use gambeson::lab::traffic::{FlowReport, Rate, Traffic};
-use gambeson::lab::verify::Verification;
-use gambeson::lab::wait::until;
-use gambeson::lab::{Family, Lab, Node, Options, Progress};
+use gambeson_lab::traffic::{FlowReport, Rate, Traffic};
+use gambeson_lab::verify::Verification;
+use gambeson_lab::wait::until;
+use gambeson_lab::{Family, Lab, Node, Options, Progress};
 use serde_json::Value;
 
 use crate::common::agent::{address, answers, eventually};

@@ -5,8 +5,8 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
-use gambeson::lab::api::{Effect, Fault};
-use gambeson::lab::{Lab, Options, Patch};
+use gambeson_lab::api::{Effect, Fault};
+use gambeson_lab::{Lab, Options, Patch};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{
     Api, DeleteParams, ListParams, Patch as KubePatch, PatchParams, PostParams, WatchEvent,

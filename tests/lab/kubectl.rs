@@ -4,7 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
 
-use gambeson::lab::{Lab, Options};
+use gambeson_lab::{Lab, Options};
 use tempfile::TempDir;
 
 use crate::common::lab::{both, lab_options, lab_up, stdout_of};

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use gambeson::lab::wait::until;
-use gambeson::lab::{Lab, LabError, LabName, Options, Progress, state_dir};
+use gambeson_lab::wait::until;
+use gambeson_lab::{Lab, LabError, LabName, Options, Progress, state_dir};
 
 use crate::common::lab::{GAMBESON, both, chain, lab_options, lab_up, stdout_of, unique_name};
 
@@ -155,4 +155,17 @@ fn programs_run_on_nodes_and_in_pods() {
     assert_eq!(run("pod-1-1", &["sh", "-c", "exit 7"]).status.code(), Some(7));
     let unknown = run("pod-9-9", &["true"]);
     assert!(both(&unknown).contains("it has node-1, node-2, pod-1-1"), "{}", both(&unknown));
+}
+
+#[test]
+fn a_gambeson_without_the_lab_says_where_to_get_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let alone = folder.path().join("gambeson");
+    fs::copy(GAMBESON, &alone).unwrap();
+    let mut command = Command::new(&alone);
+    let output = command.args(["lab", "up"]).env("PATH", folder.path()).output().unwrap();
+    let message = both(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("gambeson-lab, which is neither beside"), "{message}");
+    assert!(message.contains("cargo build --release -p gambeson-lab"), "{message}");
 }

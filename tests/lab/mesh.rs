@@ -3,8 +3,8 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use gambeson::lab::wait::until;
-use gambeson::lab::{Family, Lab, Options, Progress, WireguardMode, WireguardModes};
+use gambeson_lab::wait::until;
+use gambeson_lab::{Family, Lab, Options, Progress, WireguardMode, WireguardModes};
 
 use crate::common::lab::{GAMBESON, both, chain, lab_options, lab_up, stdout_of};
 
@@ -12,7 +12,7 @@ fn userspace() -> Options {
     Options { wireguard: WireguardModes::all(WireguardMode::Userspace), ..lab_options() }
 }
 
-fn verify(lab: &Lab) -> gambeson::lab::verify::Verification {
+fn verify(lab: &Lab) -> gambeson_lab::verify::Verification {
     lab.verify(&Progress::silent()).unwrap_or_else(|error| panic!("{}", chain(&error)))
 }
 

@@ -4,10 +4,10 @@ use std::io;
 use std::net::IpAddr;
 
 use super::{IpFamily, MtuResult};
-use crate::lab::error::LabError;
-use crate::lab::instance::Lab;
-use crate::lab::probe::ping::{Echo, Pinger};
-use crate::lab::runtime::interface_mtu;
+use crate::error::LabError;
+use crate::instance::Lab;
+use crate::probe::ping::{Echo, Pinger};
+use crate::runtime::interface_mtu;
 
 /// Every path takes this, in bytes.
 const SMALLEST: u32 = 1280;

@@ -1,7 +1,8 @@
 //! `Options -> namespaces + API server + agents + pods -> verify`
 //!
 //! The lab: a cluster of network namespaces on one machine, with real agents, real CNI
-//! plugins and a small Node API server. What a user runs with `gambeson lab` and what the
+//! plugins and a small Node API server. What a user runs with `gambeson lab`, which is the
+//! program `gambeson-lab`, and what the
 //! integration tests run are the same code.
 //!
 //! A node is a network namespace in which `/run` and `/var/lib` are folders of its own, so
@@ -9,6 +10,7 @@
 //! by the CNI configuration that its node's agent wrote.
 
 pub mod api;
+pub mod cli;
 mod client;
 mod daemon;
 mod error;

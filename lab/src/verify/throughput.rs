@@ -6,10 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::THROUGHPUT_TIME;
-use crate::lab::error::{LabError, chain};
-use crate::lab::instance::Lab;
-use crate::lab::node::Pod;
-use crate::lab::probe::tcp;
+use crate::error::{LabError, chain};
+use crate::instance::Lab;
+use crate::node::Pod;
+use crate::probe::tcp;
 
 const BUFFER: usize = 1 << 18;
 /// How long a connection may take to open, or to stand still.

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 
 use super::{IpFamily, PlaintextResult};
-use crate::lab::error::LabError;
-use crate::lab::instance::Lab;
-use crate::lab::layout::UNDERLAY_INTERFACE;
-use crate::lab::node::{Node, Pod};
-use crate::lab::probe::capture::{Capture, CapturePoint};
-use crate::lab::probe::ping::{Echo, Pinger};
-use crate::lab::probe::tcp::{self, EchoServer};
+use crate::error::LabError;
+use crate::instance::Lab;
+use crate::layout::UNDERLAY_INTERFACE;
+use crate::node::{Node, Pod};
+use crate::probe::capture::{Capture, CapturePoint};
+use crate::probe::ping::{Echo, Pinger};
+use crate::probe::tcp::{self, EchoServer};
 
 /// Length of canary and control in bytes. By chance it appears nowhere.
 const LENGTH: usize = 32;

@@ -16,7 +16,7 @@ pub(super) fn metadata<'a>(object: &'a Value, field: &str) -> &'a str {
 }
 
 /// Now, as in `metadata.creationTimestamp`.
-pub(in crate::lab) fn timestamp() -> String {
+pub(crate) fn timestamp() -> String {
     k8s_openapi::jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 

@@ -25,14 +25,14 @@ pub(super) const AGENT_LOG: &str = "agent.log";
 pub(super) const KUBECONFIG: &str = "/run/gambeson/kubeconfig";
 
 /// Arguments that start the API server of this lab, and tell its process from all others.
-pub(super) fn api_arguments(name: &LabName) -> [String; 4] {
-    ["lab", "api-server", "--name", name.as_str()].map(str::to_owned)
+pub(super) fn api_arguments(name: &LabName) -> [String; 3] {
+    ["api-server", "--name", name.as_str()].map(str::to_owned)
 }
 
 /// Starts the API server and waits until it listens. Port 0 lets the system choose.
 pub(super) fn start_api(options: &Options, port: u16) -> Result<ApiState, LabError> {
     let log = options.state_dir().join(API_LOG);
-    let mut command = Command::new(&options.binary);
+    let mut command = Command::new(&options.lab_binary);
     command
         .args(api_arguments(&options.name))
         .args(["--port", &port.to_string()])
@@ -40,7 +40,7 @@ pub(super) fn start_api(options: &Options, port: u16) -> Result<ApiState, LabErr
         .stdout(Stdio::piped())
         .stderr(open_log(&log)?)
         .process_group(0);
-    let mut child = command.spawn().map_err(file_error("run", &options.binary))?;
+    let mut child = command.spawn().map_err(file_error("run", &options.lab_binary))?;
     let stdout = child.stdout.take();
     let process = adopt(child, "the API server", &log)?;
     let mut line = String::new();

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use super::{IpFamily, MtuResult, PairResult, Verification};
-use crate::lab::report::{BAD, GOOD, new_table};
+use crate::report::{BAD, GOOD, new_table};
 
 /// Matrices with more columns than this are folded to one line per row.
 const MOST_COLUMNS: usize = 9;

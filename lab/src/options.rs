@@ -34,8 +34,10 @@ pub struct Options {
     pub pods: Family,
     /// Each node in a subnet of its own behind a router, instead of one L2 segment.
     pub routed: bool,
-    /// The `gambeson` program that is run as agent, CNI plugin and API server.
+    /// The `gambeson` program that is run as agent and CNI plugin.
     pub binary: PathBuf,
+    /// The `gambeson-lab` program that is run as API server.
+    pub lab_binary: PathBuf,
     /// Further arguments of every agent.
     pub agent_arguments: Vec<String>,
     /// Start the agents, attach the pods and wait until every pair of nodes has a path.
@@ -43,7 +45,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// The defaults of `gambeson lab up`, for this program.
+    /// The defaults of `gambeson lab up`, for this program and the `gambeson-lab` beside it.
     pub fn new(name: LabName, binary: PathBuf) -> Self {
         Self {
             name,
@@ -54,6 +56,7 @@ impl Options {
             underlay: Family::V4,
             pods: Family::V4,
             routed: false,
+            lab_binary: binary.with_file_name("gambeson-lab"),
             binary,
             agent_arguments: Vec::new(),
             start: true,

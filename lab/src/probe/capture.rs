@@ -17,9 +17,9 @@ use nix::sys::socket::{
     sockopt,
 };
 
-use crate::lab::error::LabError;
-use crate::lab::netns::Netns;
-use crate::lab::wait::until;
+use crate::error::LabError;
+use crate::netns::Netns;
+use crate::wait::until;
 
 /// How soon a capture notices that it should end, in milliseconds.
 const TICK: u16 = 20;

@@ -8,11 +8,11 @@ use std::thread;
 use std::time::Duration;
 
 use super::{IpFamily, PairResult};
-use crate::lab::error::LabError;
-use crate::lab::instance::{Lab, in_parallel};
-use crate::lab::netns::Netns;
-use crate::lab::probe::ping::{Echo, Pinger};
-use crate::lab::probe::tcp::{self, EchoServer};
+use crate::error::LabError;
+use crate::instance::{Lab, in_parallel};
+use crate::netns::Netns;
+use crate::probe::ping::{Echo, Pinger};
+use crate::probe::tcp::{self, EchoServer};
 
 const ECHOES: usize = 3;
 

@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt};
 
-use crate::status::Status;
+use gambeson::status::Status;
 
 use super::daemon::{self, AGENT_LOG};
 use super::error::{LabError, LogTail, file_error};
@@ -133,7 +133,7 @@ impl<'a> Node<'a> {
 
     /// What the agent says of itself.
     pub fn status(&self) -> Result<Status, LabError> {
-        let path = self.host_path(Path::new(crate::config::DEFAULT_SOCKET));
+        let path = self.host_path(Path::new(gambeson::config::DEFAULT_SOCKET));
         let read = || {
             let mut stream = UnixStream::connect(&path)?;
             stream.set_read_timeout(Some(STATUS_TIMEOUT))?;
