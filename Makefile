@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit check vm
+.PHONY: help setup lab test unit check vm image
 
 help:   ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,7 +18,7 @@ lab:    ## A cluster in network namespaces, up and verified: make lab ARGS="--fa
 	@cargo build --locked --release
 	@deploy/setup/lab.sh $(TARGET)/release/gambeson $(ARGS)
 
-test: setup check   ## Everything that CI runs
+test: setup check image   ## Everything that CI runs
 	cargo test --locked --quiet --workspace --doc
 	cargo nextest run --locked --workspace
 
@@ -30,6 +30,10 @@ check:  ## Formatting, lints, documentation, licences
 
 unit:   ## The tests that need no root, in seconds
 	cargo test --locked --quiet --workspace --lib
+
+image:  ## The container image: target/image/gambeson.tar, and what is in it
+	@deploy/setup/debian.sh image
+	@deploy/image/build
 
 vm:     ## The tests with the kernel's WireGuard, in a virtual machine
 	@deploy/setup/debian.sh

@@ -17,3 +17,7 @@ pub mod http;
 pub mod status;
 pub mod subnet_env;
 pub mod underlay;
+
+/// Version of this program, and the commit that it was built from.
+pub const VERSION: &str =
+    concat!(env!("CARGO_PKG_VERSION"), " (", env!("GAMBESON_BUILT_FROM"), ")");

@@ -9,6 +9,7 @@ mod chaos;
 mod cni;
 mod common;
 mod hostile;
+mod image;
 mod kernel;
 mod kubectl;
 mod lab;

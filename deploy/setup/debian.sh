@@ -1,14 +1,18 @@
 #!/bin/bash
-# Installs what building, testing and the lab need on Debian 12, where it is missing. What is
-# there already, from wherever it came, is left alone. Cargo and root are taken for granted.
+# Installs what building, testing, the lab and the image need on Debian 12, where it is
+# missing. What is there already, from wherever it came, is left alone. Cargo and root are
+# taken for granted.
 #
-# Usage: deploy/setup/debian.sh [lab]      (lab: without what only the tests need)
+# Usage: deploy/setup/debian.sh [test|lab|image]      (test: everything)
 set -euo pipefail
 
 purpose=${1:-test}
+PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin
 # Versions that are known to work; any other that is installed already will do.
 nextest=0.9.143
 deny=0.20.2
+auditable=0.7.7
+auditable2cdx=0.1.0
 
 missing=()
 
@@ -17,23 +21,35 @@ by_command() {
     command -v "$1" >/dev/null || missing+=("$2")
 }
 
+is_for() { # PURPOSE
+    [ "$purpose" = "$1" ] || [ "$purpose" = test ]
+}
+
 by_command cc gcc
-by_command ip iproute2
-by_command nft nftables
-by_command wg wireguard-tools
-by_command iperf3 iperf3
-by_command ping iputils-ping
-by_command tcpdump tcpdump
 by_command jq jq
-by_command setpriv util-linux
-by_command ps procps
-# By the command, not by the package: other builds of kubectl conflict with Debian's.
-by_command kubectl kubernetes-client
-[ -x /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins)
+if is_for lab; then
+    by_command ip iproute2
+    by_command nft nftables
+    by_command wg wireguard-tools
+    by_command iperf3 iperf3
+    by_command ping iputils-ping
+    by_command tcpdump tcpdump
+    by_command setpriv util-linux
+    by_command ps procps
+    # By the command, not by the package: other builds of kubectl conflict with Debian's.
+    by_command kubectl kubernetes-client
+    [ -x /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins)
+fi
+if is_for image; then
+    by_command git git
+    by_command mmdebstrap mmdebstrap
+    by_command buildah buildah
+fi
 if [ "$purpose" = test ]; then
     by_command qemu-system-x86_64 qemu-system-x86
     by_command iptables-nft iptables
     by_command depmod kmod
+    by_command runc runc
     if ! command -v busybox >/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then
         missing+=(busybox-static)
     fi
@@ -54,21 +70,26 @@ if ! command -v cargo >/dev/null; then
     echo "setup: cargo is missing: install Rust (https://rustup.rs)" >&2
     exit 1
 fi
-[ "$purpose" = test ] || exit 0
 
-# by_cargo SUBCOMMAND VERSION
+# by_cargo PROGRAM VERSION
 by_cargo() {
-    if ! cargo "$1" --version >/dev/null 2>&1; then
-        echo "setup: installing cargo-$1 $2 (takes some minutes, once)"
-        cargo install --quiet --locked "cargo-$1" --version "$2"
+    if ! command -v "$1" >/dev/null; then
+        echo "setup: installing $1 $2 (takes some minutes, once)"
+        cargo install --quiet --locked "$1" --version "$2"
     fi
 }
+
+if is_for image; then
+    by_cargo cargo-auditable "$auditable"
+    by_cargo auditable2cdx "$auditable2cdx"
+fi
+[ "$purpose" = test ] || exit 0
 
 for component in rustfmt clippy; do
     command -v "cargo-${component/rustfmt/fmt}" >/dev/null || rustup component add "$component"
 done
-by_cargo nextest "$nextest"
-by_cargo deny "$deny"
+by_cargo cargo-nextest "$nextest"
+by_cargo cargo-deny "$deny"
 
 # The kernel package comes from the network: here, so that no test has to fetch it.
 if ! kernel=$("$(dirname "$(realpath "$0")")/../../tests/vm/prepare" 2>&1); then

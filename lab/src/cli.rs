@@ -27,7 +27,7 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Everything lives in network namespaces and in /run/gambeson-lab, and is gone after
 /// `gambeson lab down`.
 #[derive(Debug, Parser)]
-#[command(name = "gambeson lab", bin_name = "gambeson lab", version, propagate_version = true)]
+#[command(name = "gambeson lab", bin_name = "gambeson lab", version = gambeson::VERSION, propagate_version = true)]
 #[command(
     arg_required_else_help = true,
     after_help = "Examples:\n  \

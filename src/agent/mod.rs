@@ -67,7 +67,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     preflight::net_admin()?;
     let connector = Connector::new(config.kubeconfig.clone());
     check_networks(&config, &connector).await?;
-    info!(version = env!("CARGO_PKG_VERSION"), "starting");
+    info!(version = crate::VERSION, "starting");
     // The guard comes first, and everything that can fail after it: also a start that fails
     // leaves nothing open.
     let scope = Scope {

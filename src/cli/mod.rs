@@ -17,7 +17,7 @@ pub use failure::Failure;
 
 /// A WireGuard-first encrypted mesh overlay for Kubernetes.
 #[derive(Debug, Parser)]
-#[command(name = "gambeson", version, propagate_version = true, arg_required_else_help = true)]
+#[command(name = "gambeson", version = crate::VERSION, propagate_version = true, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -1,0 +1,116 @@
+//! The container image that `make image` left behind.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+use crate::common::lab::stdout_of;
+
+/// Largest size of the compressed image in bytes.
+const LARGEST: u64 = 60_000_000;
+
+fn target() -> PathBuf {
+    let program = Path::new(env!("CARGO_BIN_EXE_gambeson"));
+    program.ancestors().nth(2).unwrap().to_owned()
+}
+
+/// A file that `make image` made.
+fn made(name: &str) -> PathBuf {
+    let path = target().join("image").join(name);
+    assert!(path.exists(), "{} is missing: run `make image`", path.display());
+    path
+}
+
+fn member(archive: &Path, name: &str) -> Vec<u8> {
+    let output = Command::new("tar").arg("-xOf").arg(archive).arg(name).output().unwrap();
+    assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+fn json(archive: &Path, name: &str) -> Value {
+    serde_json::from_slice(&member(archive, name)).unwrap()
+}
+
+/// Unpacks the image's only layer.
+fn unpack(archive: &Path, root: &Path) {
+    let manifest = json(archive, "manifest.json");
+    let layers = manifest[0]["Layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 1, "{manifest}");
+    let layer = root.join(".layer");
+    fs::write(&layer, member(archive, layers[0].as_str().unwrap())).unwrap();
+    stdout_of(Command::new("tar").arg("-xf").arg(&layer).arg("-C").arg(root));
+    fs::remove_file(layer).unwrap();
+}
+
+fn names(folder: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(folder).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn the_image_is_small_and_holds_what_it_needs_alone() {
+    let archive = made("gambeson.tar");
+    let mut gzip = Command::new("gzip")
+        .arg("-c")
+        .stdin(File::open(&archive).unwrap())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut compressed = Vec::new();
+    gzip.stdout.take().unwrap().read_to_end(&mut compressed).unwrap();
+    assert!(gzip.wait().unwrap().success());
+    assert!((compressed.len() as u64) < LARGEST, "{} bytes", compressed.len());
+
+    let root = tempfile::tempdir().unwrap();
+    unpack(&archive, root.path());
+    for (folder, held) in [
+        ("usr/bin", &["gambeson"][..]),
+        ("usr/sbin", &["nft"]),
+        ("usr/lib/cni", &["bridge", "host-local", "loopback", "portmap", "static"]),
+        ("etc/ssl/certs", &["ca-certificates.crt"]),
+    ] {
+        let held = held.iter().map(|name| (*name).to_owned()).collect();
+        assert_eq!(names(&root.path().join(folder)), held, "{folder}");
+    }
+    // Without a shell in the image, nft itself tells that all its libraries are there.
+    let nft = stdout_of(Command::new("chroot").arg(root.path()).args(["/usr/sbin/nft", "-v"]));
+    assert!(nft.starts_with("nftables v1."), "{nft}");
+
+    let config = json(&archive, "manifest.json")[0]["Config"].as_str().unwrap().to_owned();
+    let labels = json(&archive, &config)["config"]["Labels"].clone();
+    let revision = labels["org.opencontainers.image.revision"].as_str().unwrap();
+    assert_eq!(labels["org.opencontainers.image.version"], env!("CARGO_PKG_VERSION"));
+    let version = stdout_of(Command::new(root.path().join("usr/bin/gambeson")).arg("--version"));
+    let expected = format!("gambeson {} ({revision})\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!(version, expected);
+}
+
+#[test]
+fn the_contents_are_listed_and_in_the_program_too() {
+    let text = fs::read(made("gambeson.cdx.json")).unwrap();
+    let list: Value = serde_json::from_slice(&text).unwrap();
+    assert_eq!(list["bomFormat"], "CycloneDX");
+    let components = list["components"].as_array().unwrap();
+    for (name, purl) in [("boringtun", "pkg:cargo/boringtun@"), ("nftables", "pkg:deb/debian/")] {
+        let is_it = |component: &Value| {
+            component["name"] == name && component["purl"].as_str().unwrap().starts_with(purl)
+        };
+        assert!(components.iter().any(is_it), "{name}");
+    }
+}
+
+#[test]
+fn the_same_inputs_make_the_same_bytes() {
+    let first = made("gambeson.tar");
+    let again = tempfile::tempdir().unwrap();
+    let build = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/image/build");
+    stdout_of(Command::new(build).arg(again.path()).env("CARGO_TARGET_DIR", target()));
+    for name in ["gambeson.tar", "gambeson.cdx.json"] {
+        let same = fs::read(made(name)).unwrap() == fs::read(again.path().join(name)).unwrap();
+        assert!(same, "{name} differs from the first: is {} of this commit?", first.display());
+    }
+}
