@@ -1,21 +1,32 @@
 //! What an operator can set, as options of `gambeson agent` and as environment variables,
 //! and the checked [`Config`] made of it. Names that Flannel has keep Flannel's meaning.
 
+mod check;
+mod net_conf;
+
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport, overlap};
+use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport};
 use ipnet::IpNet;
 use regex::Regex;
+
+pub use check::ConfigError;
+pub(crate) use check::check_interface_name;
+use check::{
+    can_be_sent_to, check_prefix, checked_node_name, cluster_networks, invalid, parse, transports,
+};
+use net_conf::NetConf;
 
 use crate::cni::DEFAULT_BRIDGE;
 use crate::underlay::Choice;
 
 /// Where the agent answers `gambeson status`.
 pub const DEFAULT_SOCKET: &str = "/run/gambeson/agent.sock";
-/// Longest name of a Linux network interface in bytes (`IFNAMSIZ` less the final NUL).
-const INTERFACE_NAME_MAX: usize = 15;
+
+/// MTUs in bytes that leave IPv6 its 1280 inside WireGuard over IPv6.
+const MTU: std::ops::RangeInclusive<u32> = 1360..=65_535;
 
 /// Options of `gambeson agent`, as given.
 #[derive(Debug, Clone, clap::Args)]
@@ -48,6 +59,10 @@ pub struct Options {
     #[arg(long, env = "CLUSTER_CIDR", value_name = "CIDR[,CIDR]", value_delimiter = ',')]
     pub cluster_cidr: Vec<String>,
 
+    /// Flannel's net-conf.json, for the networks, the port and the MTU that no option gives
+    #[arg(long, env = "FLANNELD_NET_CONFIG_PATH", value_name = "FILE")]
+    pub net_config_path: Option<PathBuf>,
+
     /// Underlay interface, by name or address; the first that exists is used
     #[arg(long, env = "FLANNELD_IFACE", value_name = "NAME|IP", value_delimiter = ',')]
     pub iface: Vec<String>,
@@ -68,9 +83,15 @@ pub struct Options {
     #[arg(long, env = "FLANNELD_PUBLIC_IPV6", value_name = "IP")]
     pub public_ipv6: Option<String>,
 
-    /// Base UDP port; this port and +2, +4 and +6 are used
-    #[arg(long, env = "GAMBESON_PORT", value_name = "PORT", default_value_t = DEFAULT_PORT)]
-    pub port: u16,
+    /// Base UDP port, 51820 unless it is given; this port and +2, +4 and +6 are used
+    #[arg(long, env = "GAMBESON_PORT", value_name = "PORT")]
+    pub port: Option<u16>,
+
+    /// MTU of the way between the nodes in bytes, where it is smaller than the interface's
+    ///
+    /// The pods' MTU is 60 bytes less, 80 over IPv6.
+    #[arg(long, env = "GAMBESON_MTU", value_name = "BYTES")]
+    pub mtu: Option<u32>,
 
     /// Who implements WireGuard
     ///
@@ -160,6 +181,19 @@ pub struct Options {
     #[arg(long, env = "GAMBESON_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
     pub socket: PathBuf,
 
+    /// Where the kernel settings of this network namespace can be written
+    ///
+    /// In a container /proc/sys is read-only: give the folder at whose net/ the host's
+    /// /proc/sys/net is mounted.
+    #[arg(
+        long,
+        env = "GAMBESON_PROC_SYS",
+        value_name = "DIR",
+        default_value = "/proc/sys",
+        hide_short_help = true
+    )]
+    pub proc_sys: PathBuf,
+
     /// Prefix of the Node annotations
     #[arg(
         long,
@@ -205,6 +239,8 @@ pub struct Config {
     pub underlay: Choice,
     /// Base UDP port; all session ports exist.
     pub port: u16,
+    /// Largest MTU of the underlay in bytes, whatever the interface has.
+    pub mtu: Option<u32>,
     /// Kernel or userspace.
     pub wireguard: WireGuardMode,
     /// Transports this node accepts, at least one.
@@ -223,10 +259,14 @@ pub struct Config {
     pub healthz: Option<SocketAddr>,
     /// Unix socket of `gambeson status`.
     pub socket: PathBuf,
+    /// Where `net/...` of `/proc/sys` can be written.
+    pub proc_sys: PathBuf,
     /// Annotation prefix, e.g. `gambeson.io`.
     pub prefix: String,
     /// Pod bridge.
     pub bridge: String,
+    /// Keys of net-conf.json that this version does nothing with.
+    pub unknown_keys: Vec<String>,
 }
 
 /// How this machine's Node is found.
@@ -243,15 +283,6 @@ pub enum NodeIdentity {
     },
 }
 
-/// An option with a value that cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[error("{option}: {problem}; {remedy}")]
-pub struct ConfigError {
-    option: &'static str,
-    problem: String,
-    remedy: &'static str,
-}
-
 impl Options {
     /// Checks every value before anything is touched.
     ///
@@ -259,14 +290,24 @@ impl Options {
     /// The first value that cannot be used, with what the option takes.
     pub fn validate(self) -> Result<Config, ConfigError> {
         let node = self.node_identity()?;
-        let cluster_networks = cluster_networks(&self.cluster_cidr)?;
+        let file = self.net_config_path.as_deref().map(NetConf::read).transpose()?;
+        let file = file.unwrap_or_default();
+        let given = if self.cluster_cidr.iter().all(String::is_empty) {
+            &file.networks
+        } else {
+            &self.cluster_cidr
+        };
+        let cluster_networks = cluster_networks(given)?;
         let underlay = self.underlay()?;
-        if !(1..=MAX_PORT).contains(&self.port) {
-            return Err(invalid(
-                "--port",
-                format!("{} leaves no room for the four session ports", self.port),
-                "give a port from 1 to 65529",
-            ));
+        let port = self.port.or(file.port).unwrap_or(DEFAULT_PORT);
+        if !(1..=MAX_PORT).contains(&port) {
+            let problem = format!("{port} leaves no room for the four session ports");
+            return Err(invalid("--port", problem, "give a port from 1 to 65529"));
+        }
+        let mtu = self.mtu.or(file.mtu);
+        if let Some(mtu) = mtu.filter(|mtu| !MTU.contains(mtu)) {
+            let problem = format!("{mtu} bytes cannot be the MTU between nodes");
+            return Err(invalid("--mtu", problem, "give one from 1360 to 65535, in bytes"));
         }
         let healthz_ip: IpAddr = parse("--healthz-ip", &self.healthz_ip, "give an IP address")?;
         check_prefix(&self.annotation_prefix)?;
@@ -276,6 +317,7 @@ impl Options {
             ("--cni-conf-dir", &self.cni_conf_dir),
             ("--key-file", &self.key_file),
             ("--socket", &self.socket),
+            ("--proc-sys", &self.proc_sys),
         ] {
             if !path.is_absolute() {
                 let problem = format!("\"{}\" is not an absolute path", path.display());
@@ -287,7 +329,8 @@ impl Options {
             node,
             cluster_networks,
             underlay,
-            port: self.port,
+            port,
+            mtu,
             wireguard: self.wireguard,
             transports: transports(&self.transports)?,
             ip_masq: self.ip_masq,
@@ -298,8 +341,10 @@ impl Options {
             healthz: (self.healthz_port != 0)
                 .then(|| SocketAddr::new(healthz_ip, self.healthz_port)),
             socket: self.socket,
+            proc_sys: self.proc_sys,
             prefix: self.annotation_prefix,
             bridge: self.bridge,
+            unknown_keys: file.unknown,
         })
     }
 
@@ -362,127 +407,6 @@ impl Options {
             public_ipv6,
         })
     }
-}
-
-fn invalid(option: &'static str, problem: String, remedy: &'static str) -> ConfigError {
-    ConfigError { option, problem, remedy }
-}
-
-fn parse<T: std::str::FromStr>(
-    option: &'static str,
-    value: &str,
-    remedy: &'static str,
-) -> Result<T, ConfigError> {
-    value.parse().map_err(|_| invalid(option, format!("\"{value}\" cannot be used"), remedy))
-}
-
-fn can_be_sent_to(address: IpAddr) -> bool {
-    let broadcast = matches!(address, IpAddr::V4(v4) if v4.is_broadcast());
-    !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || broadcast)
-}
-
-fn cluster_networks(given: &[String]) -> Result<BTreeSet<IpNet>, ConfigError> {
-    const OPTION: &str = "--cluster-cidr";
-    const REMEDY: &str = "give the cluster's pod networks, for example 10.244.0.0/16 or \
-                          10.244.0.0/16,fd00:10:244::/48";
-    let mut networks = BTreeSet::new();
-    for text in given.iter().map(|t| t.trim()).filter(|t| !t.is_empty()) {
-        let network: IpNet = parse(OPTION, text, REMEDY)?;
-        if network.prefix_len() == 0 {
-            return Err(invalid(OPTION, format!("{text} is every address"), REMEDY));
-        }
-        if let Some(what) = never_for_pods(&network) {
-            return Err(invalid(OPTION, format!("{text} overlaps {what}"), REMEDY));
-        }
-        if network.trunc() != network {
-            let problem = format!("{text} has host bits set, the network is {}", network.trunc());
-            return Err(invalid(OPTION, problem, REMEDY));
-        }
-        networks.insert(network);
-    }
-    let v4 = networks.iter().filter(|n| matches!(n, IpNet::V4(_))).count();
-    let v6 = networks.len() - v4;
-    if networks.is_empty() {
-        return Err(invalid(OPTION, "not given".to_owned(), REMEDY));
-    }
-    if v4 > 1 || v6 > 1 {
-        return Err(invalid(OPTION, "more than one network of a family".to_owned(), REMEDY));
-    }
-    Ok(networks)
-}
-
-/// Addresses that mean something else on every host, if the network has any.
-fn never_for_pods(network: &IpNet) -> Option<&'static str> {
-    let reserved = [
-        ("0.0.0.0/8", "the unspecified addresses (0.0.0.0/8)"),
-        ("127.0.0.0/8", "the loopback network (127.0.0.0/8)"),
-        ("169.254.0.0/16", "the link-local network (169.254.0.0/16)"),
-        ("224.0.0.0/3", "multicast and reserved addresses (224.0.0.0/3)"),
-        ("::/127", "the loopback address (::1)"),
-        ("fe80::/10", "the link-local network (fe80::/10)"),
-        ("ff00::/8", "multicast addresses (ff00::/8)"),
-    ];
-    let overlaps = |text: &str| text.parse().is_ok_and(|other| overlap(&other, network));
-    reserved.into_iter().find(|(text, _)| overlaps(text)).map(|(_, what)| what)
-}
-
-fn transports(given: &[String]) -> Result<BTreeSet<Transport>, ConfigError> {
-    const OPTION: &str = "--transports";
-    const REMEDY: &str = "give wireguard";
-    let mut transports = BTreeSet::new();
-    for text in given.iter().map(|t| t.trim()).filter(|t| !t.is_empty()) {
-        match text {
-            "wireguard" => transports.insert(Transport::Wireguard),
-            "host-gw" | "vxlan" => {
-                let problem = format!("{text} is not supported by this version");
-                return Err(invalid(OPTION, problem, REMEDY));
-            }
-            _ => return Err(invalid(OPTION, format!("unknown transport \"{text}\""), REMEDY)),
-        };
-    }
-    if transports.is_empty() {
-        return Err(invalid(OPTION, "empty".to_owned(), REMEDY));
-    }
-    Ok(transports)
-}
-
-/// A DNS-1123 subdomain: what names a Node, a pod, a namespace and an annotation's prefix.
-fn is_dns_subdomain(name: &str) -> bool {
-    let alphanumeric = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-    name.len() <= 253
-        && name.split('.').all(|label| {
-            let bytes = label.as_bytes();
-            bytes.first().is_some_and(|b| alphanumeric(*b))
-                && bytes.last().is_some_and(|b| alphanumeric(*b))
-                && bytes.iter().all(|b| alphanumeric(*b) || *b == b'-')
-        })
-}
-
-fn checked_node_name(option: &'static str, name: String) -> Result<String, ConfigError> {
-    if is_dns_subdomain(&name) {
-        return Ok(name);
-    }
-    let problem = format!("\"{name}\" cannot be the name of a Kubernetes object");
-    Err(invalid(option, problem, "give the name as `kubectl get nodes` shows it"))
-}
-
-fn check_prefix(prefix: &str) -> Result<(), ConfigError> {
-    // "config." is put before it, and the whole may have 253 characters.
-    if is_dns_subdomain(prefix) && prefix.contains('.') && prefix.len() <= 246 {
-        return Ok(());
-    }
-    let problem = format!("\"{prefix}\" is not a domain");
-    Err(invalid("--annotation-prefix", problem, "give one such as gambeson.io"))
-}
-
-pub(crate) fn check_interface_name(option: &'static str, name: &str) -> Result<(), ConfigError> {
-    let fits = (1..=INTERFACE_NAME_MAX).contains(&name.len()) && name != "." && name != "..";
-    let clean = name.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'/' | b':' | b'"'));
-    if fits && clean {
-        return Ok(());
-    }
-    let problem = format!("\"{name}\" cannot be the name of a network interface");
-    Err(invalid(option, problem, "give up to 15 characters, for example cni0"))
 }
 
 #[cfg(test)]
@@ -549,6 +473,8 @@ mod tests {
             (&["--cluster-cidr="], "--cluster-cidr: not given"),
             (&["--port=65530"], "--port: 65530"),
             (&["--port=0"], "from 1 to 65529"),
+            (&["--mtu=1280"], "--mtu: 1280 bytes"),
+            (&["--net-config-path=/nonexistent"], "--net-config-path: cannot read /nonexistent"),
             (&["--transports=wireguard,vxlan"], "vxlan is not supported by this version"),
             (&["--transports=carrier-pigeon"], "unknown transport"),
             (&["--iface-regex=("], "--iface-regex"),
@@ -564,6 +490,26 @@ mod tests {
             let error = validate(args).unwrap_err().to_string();
             assert!(error.contains(says), "{args:?}: {error}");
         }
+    }
+
+    #[test]
+    fn what_no_option_gives_is_in_net_conf() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("net-conf.json");
+        std::fs::write(
+            &file,
+            r#"{"Network": "10.9.0.0/16", "Backend": {"Type": "wireguard", "ListenPort": 5000,
+                "MTU": 1400}, "Extra": 1}"#,
+        )
+        .unwrap();
+        let option = format!("--net-config-path={}", file.display());
+        let config = validate(&["--cluster-cidr=", &option]).unwrap();
+        assert_eq!(config.cluster_networks, BTreeSet::from(["10.9.0.0/16".parse().unwrap()]));
+        assert_eq!((config.port, config.mtu), (5000, Some(1400)));
+        assert_eq!(config.unknown_keys, ["Extra"]);
+        let config = validate(&[&option, "--port=6000", "--mtu=1450"]).unwrap();
+        assert_eq!(config.cluster_networks, BTreeSet::from(["10.244.0.0/16".parse().unwrap()]));
+        assert_eq!((config.port, config.mtu), (6000, Some(1450)));
     }
 
     #[test]

@@ -18,6 +18,6 @@ pub enum Exit {
     NoPermission = 6,
     /// A device with our name belongs to somebody else.
     ForeignDevice = 7,
-    /// `lab verify` found a check that does not hold.
+    /// A check does not hold: `lab verify`, `status --check`.
     CheckFailed = 8,
 }

@@ -2,8 +2,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -28,13 +27,11 @@ const BUCKETS: [f64; 10] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 
 /// What Prometheus accepts as OpenMetrics text.
 const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// What the reconcile loop counts, and whether it goes round.
+/// What the reconcile loop counts.
 #[derive(Debug, Clone)]
 pub struct Reconciles {
     duration: Histogram,
     errors: Counter,
-    longest_round: Duration,
-    last_round: Arc<Mutex<Instant>>,
 }
 
 /// The server could not be started.
@@ -49,35 +46,17 @@ pub struct HttpError {
     source: std::io::Error,
 }
 
-impl Reconciles {
-    /// Of a loop that starts now, and that hangs when it does not go round in this time.
-    pub fn new(longest_round: Duration) -> Self {
-        Self {
-            duration: Histogram::new(BUCKETS),
-            errors: Counter::default(),
-            longest_round,
-            last_round: Arc::new(Mutex::new(Instant::now())),
-        }
+impl Default for Reconciles {
+    fn default() -> Self {
+        Self { duration: Histogram::new(BUCKETS), errors: Counter::default() }
     }
+}
 
+impl Reconciles {
     /// Counts one pass of the loop and the errors it ended with.
     pub fn record(&self, took: Duration, errors: usize) {
         self.duration.observe(took.as_secs_f64());
         self.errors.inc_by(errors as u64);
-        *self.last_round() = Instant::now();
-    }
-
-    /// The answer to a probe while the loop hangs.
-    fn hangs(&self) -> Option<Response> {
-        let since = self.last_round().elapsed();
-        (since > self.longest_round).then(|| {
-            let why = format!("the reconcile loop has not gone round for {} s\n", since.as_secs());
-            (StatusCode::SERVICE_UNAVAILABLE, why).into_response()
-        })
-    }
-
-    fn last_round(&self) -> MutexGuard<'_, Instant> {
-        self.last_round.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -116,22 +95,18 @@ struct Shared {
 }
 
 async fn healthz(State(shared): State<Shared>) -> Response {
-    shared.reconciles.hangs().unwrap_or_else(|| "ok\n".into_response())
+    answer(shared.status.last().unhealthy())
 }
 
 async fn readyz(State(shared): State<Shared>) -> Response {
-    if let Some(answer) = shared.reconciles.hangs() {
-        return answer;
+    answer(shared.status.last().unready())
+}
+
+fn answer(problem: Option<String>) -> Response {
+    match problem {
+        None => "ok\n".into_response(),
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
     }
-    let status = shared.status.last();
-    if status.ready {
-        return "ok\n".into_response();
-    }
-    let why = status.waiting.map_or_else(
-        || "the guard and subnet.env are not in place yet".to_owned(),
-        |waiting| format!("waiting: {waiting}"),
-    );
-    (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response()
 }
 
 async fn metrics(State(shared): State<Shared>) -> Response {
@@ -239,6 +214,7 @@ mod tests {
     use tokio::sync::{mpsc, watch};
 
     use super::*;
+    use crate::rounds::Rounds;
     use crate::status::{GuardStatus, RefusedStatus};
 
     fn status() -> Status {
@@ -263,7 +239,7 @@ mod tests {
 
     #[test]
     fn every_metric_has_its_name_and_labels() {
-        let reconciles = Reconciles::new(Duration::MAX);
+        let reconciles = Reconciles::default();
         reconciles.record(Duration::from_millis(30), 2);
         let mut text = String::new();
         encode(&mut text, &registry(status(), &reconciles)).unwrap();
@@ -300,23 +276,23 @@ mod tests {
         drop(asked);
         let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let source = Source::new(receiver, questions);
         let limit = Duration::from_secs(5);
-        let reconciles = Reconciles::new(limit);
-        let rounds = reconciles.clone();
+        let rounds = Rounds::new(limit);
+        let source = Source::new(receiver, questions, rounds.clone());
+        let reconciles = Reconciles::default();
         let task = tokio::spawn(async move { serve(listener, source, &reconciles).await });
         assert!(request(address, "/healthz").await.starts_with("HTTP/1.1 200"));
         assert!(request(address, "/readyz").await.starts_with("HTTP/1.1 503"));
         last.send_modify(|status| status.ready = true);
         assert!(request(address, "/readyz").await.starts_with("HTTP/1.1 200"));
         // A loop that hangs is neither healthy nor ready.
-        *rounds.last_round() = Instant::now().checked_sub(2 * limit).unwrap();
+        rounds.stood_still_for(2 * limit);
         for path in ["/healthz", "/readyz"] {
             let answer = request(address, path).await;
             assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
             assert!(answer.contains("has not gone round for 10 s"), "{answer}");
         }
-        rounds.record(Duration::ZERO, 0);
+        rounds.went_round();
         assert!(request(address, "/healthz").await.starts_with("HTTP/1.1 200"));
         let metrics = request(address, "/metrics").await;
         assert!(metrics.contains("gambeson_ready 1"), "{metrics}");

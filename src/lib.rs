@@ -14,6 +14,7 @@ pub mod config;
 pub mod exit;
 mod files;
 pub mod http;
+pub mod rounds;
 pub mod status;
 pub mod subnet_env;
 pub mod underlay;

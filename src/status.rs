@@ -20,6 +20,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tracing::debug;
 
+use crate::rounds::Rounds;
+
 /// Version of the JSON document. It grows when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;
 /// How long a reader may take to accept the answer.
@@ -54,6 +56,8 @@ pub struct Status {
     pub ready: bool,
     /// What the agent waits for before it can do anything.
     pub waiting: Option<String>,
+    /// For how many seconds the agent's loop has not gone round, where that is too long.
+    pub hangs_for_seconds: Option<u64>,
     /// What is wrong at the moment.
     pub errors: Vec<String>,
     /// What somebody should correct, though everything works.
@@ -147,9 +151,27 @@ impl Status {
             guard: GuardStatus::default(),
             ready: false,
             waiting: None,
+            hangs_for_seconds: None,
             errors: Vec::new(),
             warnings: Vec::new(),
         }
+    }
+
+    /// Why the agent should be started anew, if so.
+    pub fn unhealthy(&self) -> Option<String> {
+        let seconds = self.hangs_for_seconds?;
+        Some(format!("the reconcile loop has not gone round for {seconds} s"))
+    }
+
+    /// Why no pod should be started on this node, if so.
+    pub fn unready(&self) -> Option<String> {
+        let not_yet = || {
+            (!self.ready).then(|| match &self.waiting {
+                Some(waiting) => format!("waiting: {waiting}"),
+                None => "the guard and subnet.env are not in place yet".to_owned(),
+            })
+        };
+        self.unhealthy().or_else(not_yet)
     }
 
     /// With the key this node uses.
@@ -164,15 +186,18 @@ impl Status {
 pub struct Source {
     last: watch::Receiver<Status>,
     questions: mpsc::Sender<oneshot::Sender<()>>,
+    rounds: Rounds,
 }
 
 impl Source {
-    /// Reads `last`, after having asked through `questions` for it to be renewed.
+    /// Reads `last`, after having asked through `questions` for it to be renewed, and says when
+    /// nobody renews it because the loop hangs.
     pub fn new(
         last: watch::Receiver<Status>,
         questions: mpsc::Sender<oneshot::Sender<()>>,
+        rounds: Rounds,
     ) -> Self {
-        Self { last, questions }
+        Self { last, questions, rounds }
     }
 
     /// The status after a fresh look at the kernel, or the last one where that takes long.
@@ -187,7 +212,8 @@ impl Source {
 
     /// The last status.
     pub fn last(&self) -> Status {
-        self.last.borrow().clone()
+        let hangs_for_seconds = self.rounds.hangs().map(|since| since.as_secs());
+        Status { hangs_for_seconds, ..self.last.borrow().clone() }
     }
 }
 
@@ -287,10 +313,10 @@ impl fmt::Display for Status {
 
 impl Status {
     fn summary(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match (&self.waiting, self.ready) {
+        let state = match (&self.waiting, self.unready()) {
             (Some(waiting), _) => format!("waiting: {waiting}"),
-            (None, true) => "ready".to_owned(),
-            (None, false) => "not ready".to_owned(),
+            (None, Some(why)) => format!("not ready: {why}"),
+            (None, None) => "ready".to_owned(),
         };
         let unknown = || "-".to_owned();
         writeln!(f, "Node            {}", self.node)?;
@@ -476,7 +502,7 @@ mod tests {
                 let _ = question.send(());
             }
         });
-        let source = Source::new(receiver, questions);
+        let source = Source::new(receiver, questions, Rounds::new(Duration::MAX));
         // Left behind by a process that was killed.
         drop(bind(&path).await.unwrap());
         let task = tokio::spawn(serve(bind(&path).await.unwrap(), source));

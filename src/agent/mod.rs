@@ -37,6 +37,7 @@ use crate::cluster::{
 };
 use crate::config::{Config, NodeIdentity, Options};
 use crate::http::{self, Reconciles};
+use crate::rounds::Rounds;
 use crate::status::{self, Source, Status};
 
 /// A pass is made at least this often, in case an event was lost.
@@ -68,12 +69,17 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let connector = Connector::new(config.kubeconfig.clone());
     check_networks(&config, &connector).await?;
     info!(version = crate::VERSION, "starting");
+    if !config.unknown_keys.is_empty() {
+        let keys = config.unknown_keys.join(", ");
+        warn!(keys, "net-conf.json has keys that this version does nothing with");
+    }
     // The guard comes first, and everything that can fail after it: also a start that fails
     // leaves nothing open.
     let scope = Scope {
         networks: config.cluster_networks.clone(),
         bridge: config.bridge.clone(),
         forward_rules: config.forward_rules,
+        proc_sys: config.proc_sys.clone(),
     };
     let mut reconciler = Reconciler::new(config.clone(), Kernel::connect(scope).await?);
     reconciler.shut().await?;
@@ -95,9 +101,10 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let mut tasks = Tasks::new();
     let (questions, asked) = mpsc::channel(QUESTIONS);
     let (status, last_status) = watch::channel(Status::starting(&node));
-    let source = Source::new(last_status, questions);
+    let rounds = Rounds::new(LONGEST_ROUND);
+    let source = Source::new(last_status, questions, rounds.clone());
     tasks.spawn("status socket", status::serve(socket, source.clone()));
-    let reconciles = Reconciles::new(LONGEST_ROUND);
+    let reconciles = Reconciles::default();
     if let Some(listener) = healthz {
         let reconciles = reconciles.clone();
         tasks.spawn_fallible("health and metrics", async move {
@@ -119,6 +126,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         asked,
         status,
         reconciles,
+        rounds,
         pacer: Pacer::default(),
         retry: Backoff::new(FIRST_RETRY, LONGEST_RETRY),
         next_look: Instant::now(),
@@ -230,6 +238,7 @@ struct Agent {
     asked: mpsc::Receiver<oneshot::Sender<()>>,
     status: watch::Sender<Status>,
     reconciles: Reconciles,
+    rounds: Rounds,
     pacer: Pacer,
     retry: Backoff,
     /// When to look again even if nothing happens.
@@ -350,6 +359,7 @@ impl Agent {
         let now = Instant::now();
         let report = self.reporter.report(&pass, &self.cluster.troubles(), now);
         self.status.send_replace(report);
+        self.rounds.went_round();
         self.reconciles.record(now.duration_since(started), pass.problems.len());
         self.devices.send_replace(as_it_should_be(&pass));
         self.pacer.ended(cause, started, now, !pass.changes.is_empty());

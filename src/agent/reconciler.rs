@@ -380,7 +380,7 @@ impl Reconciler {
             keys: self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::publics),
             endpoints: underlay.endpoints,
             port: config.port,
-            underlay_mtu: underlay.mtu,
+            underlay_mtu: config.mtu.map_or(underlay.mtu, |mtu| mtu.min(underlay.mtu)),
             implementation: self.implementation.unwrap_or(Implementation::Kernel),
             transports: config.transports.clone(),
             bridge: config.bridge.clone(),

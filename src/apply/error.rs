@@ -1,4 +1,5 @@
 use std::io;
+use std::path::PathBuf;
 use std::process::ExitStatus;
 
 use gambeson_keys::Generation;
@@ -106,11 +107,11 @@ pub enum ApplyError {
     )]
     DeleteRule { rule: Rule, source: io::Error },
     /// A kernel setting could not be read.
-    #[error("cannot read /proc/sys/{path}{}", hint(source))]
-    ReadSysctl { path: String, source: io::Error },
+    #[error("cannot read {}{}", path.display(), hint(source))]
+    ReadSysctl { path: PathBuf, source: io::Error },
     /// A kernel setting could not be written.
-    #[error("cannot set /proc/sys/{path} to {value}{}", sysctl_hint(source))]
-    WriteSysctl { path: String, value: String, source: io::Error },
+    #[error("cannot set {} to {value}{}", path.display(), sysctl_hint(source))]
+    WriteSysctl { path: PathBuf, value: String, source: io::Error },
     /// The program `nft` could not be run.
     #[error("cannot run `nft`{}", nft_hint(source))]
     StartNft { source: io::Error },
@@ -235,7 +236,8 @@ fn address_hint(address: IpNet, error: &io::Error) -> &'static str {
 fn sysctl_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
-            " (run as root; in a container /proc/sys must be writable, as with `privileged: true`)"
+            " (run as root; in a container mount the host's /proc/sys/net at /host/proc/sys/net, give \
+             --proc-sys /host/proc/sys, and have no AppArmor profile that denies it)"
         }
         _ => "",
     }

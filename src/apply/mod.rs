@@ -45,7 +45,7 @@ pub async fn is_configured(name: DeviceName, device: &WireGuardDevice) -> bool {
 }
 
 /// What of the kernel matters beside what carries our names and marks.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Scope {
     /// The cluster networks: routes into them are looked at, whoever made them.
     pub networks: BTreeSet<IpNet>,
@@ -53,6 +53,19 @@ pub struct Scope {
     pub bridge: String,
     /// Whether other firewalls matter that drop what is forwarded.
     pub forward_rules: bool,
+    /// Where `net/...` of `/proc/sys` can be read and written.
+    pub proc_sys: PathBuf,
+}
+
+impl Default for Scope {
+    fn default() -> Self {
+        Self {
+            networks: BTreeSet::new(),
+            bridge: String::new(),
+            forward_rules: false,
+            proc_sys: PathBuf::from("/proc/sys"),
+        }
+    }
 }
 
 /// This node's kernel: links, addresses, WireGuard, routes, settings and firewall.
@@ -122,7 +135,8 @@ impl Kernel {
         let routes = route::observe(&mut self.netlink, &devices, &self.scope.networks).await?;
         (observed.routes, observed.foreign_routes) = routes;
         observed.rules = rule::observe(&mut self.netlink).await?;
-        observed.sysctls = sysctl::observe(devices.into_values(), &self.scope.bridge)?;
+        observed.sysctls =
+            sysctl::observe(devices.into_values(), &self.scope.bridge, &self.scope.proc_sys)?;
         observed.ruleset = self.observe_guard().await;
         observed.forward_drops = self.observe_forward_drops().await;
         Ok(observed)
@@ -245,7 +259,7 @@ impl Kernel {
             Action::AcceptForwarded(drop) => {
                 nft::accept_forwarded(drop, &self.scope.networks).await
             }
-            Action::SetSysctl(sysctl, value) => sysctl::write(sysctl, value),
+            Action::SetSysctl(sysctl, value) => sysctl::write(sysctl, value, &self.scope.proc_sys),
             Action::AddLink { device, implementation: Implementation::Kernel, mtu } => {
                 link::add_kernel(netlink, *device, *mtu).await
             }

@@ -1,7 +1,7 @@
 //! Kernel settings below `/proc/sys`, in the network namespace of the calling thread.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::{fs, io};
 
 use gambeson_mesh::desired::Sysctl;
@@ -14,6 +14,7 @@ use super::ApplyError;
 pub(super) fn observe(
     devices: impl Iterator<Item = DeviceName>,
     bridge: &str,
+    proc_sys: &Path,
 ) -> Result<BTreeMap<Sysctl, String>, ApplyError> {
     let mut values = BTreeMap::new();
     let global = [Sysctl::Ipv4Forward, Sysctl::Ipv6Forward];
@@ -24,20 +25,24 @@ pub(super) fn observe(
         [Sysctl::BridgeForwarding(bridge.to_owned()), Sysctl::BridgeDisableIpv6(bridge.to_owned())];
     for sysctl in global.into_iter().chain(devices.flat_map(of_device)).chain(of_bridge) {
         // Procfs answers from memory: no need to leave the thread, whose namespace counts.
-        match fs::read_to_string(file(&sysctl)) {
+        match fs::read_to_string(proc_sys.join(sysctl.path())) {
             Ok(text) => {
                 values.insert(sysctl, text.trim().to_owned());
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(source) => return Err(ApplyError::ReadSysctl { path: sysctl.path(), source }),
+            Err(source) => {
+                let path = proc_sys.join(sysctl.path());
+                return Err(ApplyError::ReadSysctl { path, source });
+            }
         }
     }
     Ok(values)
 }
 
 /// Writes one setting.
-pub(super) fn write(sysctl: &Sysctl, value: &str) -> Result<(), ApplyError> {
-    match fs::write(file(sysctl), value) {
+pub(super) fn write(sysctl: &Sysctl, value: &str, proc_sys: &Path) -> Result<(), ApplyError> {
+    let path = proc_sys.join(sysctl.path());
+    match fs::write(&path, value) {
         // A kernel without IPv6 has nothing to enable; the address that is missing is said.
         Err(error)
             if error.kind() == io::ErrorKind::NotFound
@@ -46,13 +51,9 @@ pub(super) fn write(sysctl: &Sysctl, value: &str) -> Result<(), ApplyError> {
             Ok(())
         }
         result => result.map_err(|source| ApplyError::WriteSysctl {
-            path: sysctl.path(),
+            path,
             value: value.to_owned(),
             source,
         }),
     }
-}
-
-fn file(sysctl: &Sysctl) -> PathBuf {
-    PathBuf::from("/proc/sys").join(sysctl.path())
 }

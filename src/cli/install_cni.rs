@@ -9,7 +9,8 @@ use crate::exit::Exit;
 /// Install the CNI plugin and its configuration on this node.
 ///
 /// The running program is copied as gambeson-cni, and the name flannel is linked to it unless
-/// another program has that name. Files change in one step: a container runtime sees the old
+/// another program has that name. Reference plugins that the folder lacks are copied from
+/// --plugins-dir. Files change in one step: a container runtime sees the old
 /// one or the new one. The agent writes the same configuration itself, once the network of the
 /// node is in place; --binary-only leaves that to it.
 #[derive(Debug, clap::Args)]
@@ -29,6 +30,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "NAME", env = "GAMBESON_BRIDGE", default_value = DEFAULT_BRIDGE)]
     bridge: String,
 
+    /// Folder with reference plugins, for those that the node lacks
+    #[arg(long, value_name = "DIR", default_value = install::DEFAULT_PLUGINS_DIR)]
+    plugins_dir: PathBuf,
+
     /// Install the plugin but not its configuration
     #[arg(long)]
     binary_only: bool,
@@ -45,6 +50,9 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
     match flannel {
         FlannelName::Ours => println!("linked {} to it", link.display()),
         FlannelName::Foreign => println!("left {} alone: it is another program", link.display()),
+    }
+    for name in install::lay_down_plugins(&args.plugins_dir, bin_dir)? {
+        println!("installed {}, which was missing", bin_dir.join(name).display());
     }
     if !args.binary_only {
         let path = args.cni_conf_dir.join(install::CONFLIST_NAME);

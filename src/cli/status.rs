@@ -19,14 +19,26 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 #[command(after_help = "\
 Examples:
   gambeson status
+  gambeson status --check ready || echo no pod should start here
   gambeson status --json | jq '.peers[] | select(.handshake_age_seconds == null) | .name'")]
 pub(super) struct Args {
     /// Print one JSON document
     #[arg(long)]
     json: bool,
+    /// Print nothing, and fail with the reason unless it is so
+    #[arg(long, value_name = "WHAT", conflicts_with = "json")]
+    check: Option<Check>,
     /// Unix socket of the agent
     #[arg(long, env = "GAMBESON_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Check {
+    /// The agent goes on
+    Healthy,
+    /// Pods can be started: the guard and subnet.env are in place
+    Ready,
 }
 
 /// Why there is no status to show.
@@ -48,13 +60,19 @@ enum StatusError {
 
 pub(super) fn run(args: Args) -> Result<(), Failure> {
     let document = ask(&args.socket).map_err(|e| Failure::new(Exit::Failure, e))?;
-    let text = if args.json {
-        document
-    } else {
+    let status = || {
         serde_json::from_str::<Status>(&document)
-            .map_err(|source| StatusError::Unknown(args.socket.clone(), source))?
-            .to_string()
+            .map_err(|source| StatusError::Unknown(args.socket.clone(), source))
     };
+    let problem = match args.check {
+        Some(Check::Healthy) => status()?.unhealthy(),
+        Some(Check::Ready) => status()?.unready(),
+        None => return print(&if args.json { document } else { status()?.to_string() }),
+    };
+    problem.map_or(Ok(()), |problem| Err(Failure::new(Exit::CheckFailed, problem)))
+}
+
+fn print(text: &str) -> Result<(), Failure> {
     match io::stdout().write_all(text.as_bytes()) {
         // The reader had enough, for example `gambeson status | head -1`.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -14,6 +14,10 @@ use crate::files;
 pub const DEFAULT_BIN_DIR: &str = "/opt/cni/bin";
 /// Where container runtimes look for CNI configuration.
 pub const DEFAULT_CONF_DIR: &str = "/etc/cni/net.d";
+/// Where the reference plugins are that a node may lack: Debian's folder, and the image's.
+pub const DEFAULT_PLUGINS_DIR: &str = "/usr/lib/cni";
+/// The reference plugins that pods need.
+pub const REFERENCE_PLUGINS: [&str; 5] = ["bridge", "host-local", "loopback", "portmap", "static"];
 /// File name of the configuration: the one Flannel uses, so that it is replaced, not joined.
 pub const CONFLIST_NAME: &str = "10-flannel.conflist";
 
@@ -98,6 +102,32 @@ pub fn write_binaries(program: &Path, bin_dir: &Path) -> Result<FlannelName, Ins
     }
 }
 
+/// Copies the reference plugins that `bin_dir` lacks from `plugins_dir`, and gives their names.
+/// Those that are there, of whatever version, are left alone.
+///
+/// # Errors
+/// [`InstallError`], when one that is missing cannot be copied.
+pub fn lay_down_plugins(
+    plugins_dir: &Path,
+    bin_dir: &Path,
+) -> Result<Vec<&'static str>, InstallError> {
+    let missing = REFERENCE_PLUGINS.into_iter().filter(|name| !bin_dir.join(name).exists());
+    let mut copied = Vec::new();
+    for name in missing {
+        let path = plugins_dir.join(name);
+        let contents = match fs::read(&path) {
+            Ok(contents) => contents,
+            // Not every source has every one.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(source) => return Err(InstallError::ReadProgram { path, source }),
+        };
+        make_directory(bin_dir)?;
+        write(&bin_dir.join(name), &contents, BINARY_MODE)?;
+        copied.push(name);
+    }
+    Ok(copied)
+}
+
 /// Writes the configuration for pods on `bridge` into `conf_dir`, with what an operator has
 /// added to the one that is there. Returns whether it wrote.
 ///
@@ -167,6 +197,24 @@ mod tests {
         write_binaries(&program(directory.path(), "two"), &bin).unwrap();
         assert_eq!(mode(&bin.join(PLUGIN_NAME)), 0o755);
         assert_eq!(fs::read_dir(&bin).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn lays_down_the_plugins_that_are_missing_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let (from, bin) = (directory.path().join("from"), directory.path().join("bin"));
+        for folder in [&from, &bin] {
+            fs::create_dir(folder).unwrap();
+        }
+        for name in ["bridge", "host-local", "dhcp"] {
+            fs::write(from.join(name), "new").unwrap();
+        }
+        fs::write(bin.join("host-local"), "the node's").unwrap();
+        assert_eq!(lay_down_plugins(&from, &bin).unwrap(), ["bridge"]);
+        assert_eq!(mode(&bin.join("bridge")), 0o755);
+        assert_eq!(fs::read_to_string(bin.join("host-local")).unwrap(), "the node's");
+        assert!(!bin.join("dhcp").exists());
+        assert!(lay_down_plugins(&from, &bin).unwrap().is_empty());
     }
 
     #[test]

@@ -1,0 +1,154 @@
+//! Flannel's `net-conf.json`: what of it an agent needs beside its options.
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::check::{ConfigError, invalid};
+
+const OPTION: &str = "--net-config-path";
+/// Keys that mean something to Flannel and need nothing here: pod CIDRs come from the Nodes, and
+/// nftables is always used.
+const NEEDLESS: [&str; 7] = [
+    "EnableNFTables",
+    "SubnetLen",
+    "SubnetMin",
+    "SubnetMax",
+    "IPv6SubnetLen",
+    "IPv6SubnetMin",
+    "IPv6SubnetMax",
+];
+
+/// What the file says.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct NetConf {
+    /// `Network` and `IPv6Network` that are enabled, as given.
+    pub(super) networks: Vec<String>,
+    /// `Backend.ListenPort`.
+    pub(super) port: Option<u16>,
+    /// `Backend.MTU`, before WireGuard takes its part, in bytes.
+    pub(super) mtu: Option<u32>,
+    /// Keys that this version does nothing with.
+    pub(super) unknown: Vec<String>,
+}
+
+impl NetConf {
+    /// Reads the file.
+    pub(super) fn read(path: &Path) -> Result<Self, ConfigError> {
+        const REMEDY: &str = "give Flannel's net-conf.json";
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            invalid(OPTION, format!("cannot read {}: {error}", path.display()), REMEDY)
+        })?;
+        let map: Map<String, Value> = serde_json::from_str(&text).map_err(|error| {
+            let problem = format!("{} is not a JSON object: {error}", path.display());
+            invalid(OPTION, problem, REMEDY)
+        })?;
+        Self::parse(map).map_err(|Wrong { key, value, takes }| {
+            invalid(OPTION, format!("{}: {key} is {value}", path.display()), takes)
+        })
+    }
+
+    fn parse(mut map: Map<String, Value>) -> Result<Self, Wrong> {
+        let mut conf = Self::default();
+        for (enabled, default, network) in
+            [("EnableIPv4", true, "Network"), ("EnableIPv6", false, "IPv6Network")]
+        {
+            let enabled = take(&mut map, enabled, "give true or false", Value::as_bool)?;
+            let takes = "give a network such as \"10.244.0.0/16\"";
+            let text = |value: &Value| value.as_str().map(str::to_owned);
+            let network = take(&mut map, network, takes, text)?;
+            conf.networks.extend(network.filter(|_| enabled.unwrap_or(default)));
+        }
+        if let Some(backend) = map.remove("Backend") {
+            conf.backend(backend)?;
+        }
+        conf.unknown.extend(map.into_iter().map(|(key, _)| key));
+        conf.unknown.retain(|key| !NEEDLESS.contains(&key.as_str()));
+        Ok(conf)
+    }
+
+    fn backend(&mut self, backend: Value) -> Result<(), Wrong> {
+        let Value::Object(mut backend) = backend else {
+            let takes = "give {\"Type\": \"wireguard\"}";
+            return Err(Wrong { key: "Backend", value: backend, takes });
+        };
+        let is_wireguard = |value: &Value| (value == "wireguard").then_some(());
+        let takes = "give \"wireguard\", the only type that this version has";
+        take(&mut backend, "Type", takes, is_wireguard)?;
+        let port = |value: &Value| u16::try_from(value.as_u64()?).ok();
+        self.port = take(&mut backend, "ListenPort", "give a UDP port", port)?;
+        let bytes = |value: &Value| u32::try_from(value.as_u64()?).ok();
+        self.mtu = take(&mut backend, "MTU", "give a number of bytes, or leave it out", bytes)?
+            // As in Flannel: what the interface has.
+            .filter(|mtu| *mtu != 0);
+        self.unknown.extend(backend.into_iter().map(|(key, _)| format!("Backend.{key}")));
+        Ok(())
+    }
+}
+
+/// A value that cannot be, and what the key takes.
+struct Wrong {
+    key: &'static str,
+    value: Value,
+    takes: &'static str,
+}
+
+fn take<T>(
+    map: &mut Map<String, Value>,
+    key: &'static str,
+    takes: &'static str,
+    read: impl Fn(&Value) -> Option<T>,
+) -> Result<Option<T>, Wrong> {
+    let Some(value) = map.remove(key) else { return Ok(None) };
+    match read(&value) {
+        Some(read) => Ok(Some(read)),
+        None => Err(Wrong { key, value, takes }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(value: Value) -> Result<NetConf, String> {
+        let Value::Object(map) = value else { panic!("not an object") };
+        NetConf::parse(map)
+            .map_err(|wrong| format!("{} {} {}", wrong.key, wrong.value, wrong.takes))
+    }
+
+    #[test]
+    fn families_are_enabled_as_in_flannel() {
+        let both = json!({ "Network": "10.244.0.0/16", "IPv6Network": "fd00::/48" });
+        assert_eq!(parse(both.clone()).unwrap().networks, ["10.244.0.0/16"]);
+        let mut on = both.clone();
+        on["EnableIPv6"] = true.into();
+        assert_eq!(parse(on.clone()).unwrap().networks, ["10.244.0.0/16", "fd00::/48"]);
+        on["EnableIPv4"] = false.into();
+        assert_eq!(parse(on).unwrap().networks, ["fd00::/48"]);
+    }
+
+    #[test]
+    fn what_is_not_used_is_told_from_what_is_not_needed() {
+        let backend = json!({ "Type": "wireguard", "PSK": "x", "MTU": 0 });
+        let conf = parse(json!({ "SubnetLen": 24, "Extra": 1, "Backend": backend })).unwrap();
+        assert_eq!(conf.unknown, ["Backend.PSK", "Extra"]);
+        assert_eq!((conf.port, conf.mtu), (None, None));
+    }
+
+    #[test]
+    fn a_wrong_value_is_named_with_what_its_key_takes() {
+        for (value, says) in [
+            (json!({ "Network": 10 }), "Network 10 give a network"),
+            (json!({ "EnableIPv6": "yes" }), "EnableIPv6 \"yes\" give true or false"),
+            (json!({ "Backend": "vxlan" }), "Backend \"vxlan\" give {\"Type\": \"wireguard\"}"),
+            (json!({ "Backend": { "Type": "vxlan" } }), "Type \"vxlan\" give \"wireguard\""),
+            (json!({ "Backend": { "ListenPort": 70_000 } }), "ListenPort 70000 give a UDP port"),
+            (json!({ "Backend": { "MTU": -1 } }), "MTU -1 give a number of bytes"),
+        ] {
+            let error = parse(value).unwrap_err();
+            assert!(error.starts_with(says), "{error}");
+        }
+    }
+}
