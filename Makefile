@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit check vm image
+.PHONY: help setup lab test unit check vm image manifests
 
 help:   ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -34,6 +34,9 @@ unit:   ## The tests that need no root, in seconds
 image:  ## The container image: target/image/gambeson.tar, and what is in it
 	@deploy/setup/debian.sh image
 	@deploy/image/build
+
+manifests:  ## deploy/*.yaml, from the chart
+	@deploy/chart/manifests.sh
 
 vm:     ## The tests with the kernel's WireGuard, in a virtual machine
 	@deploy/setup/debian.sh

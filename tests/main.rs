@@ -6,6 +6,7 @@ mod agent;
 mod api;
 mod apply;
 mod chaos;
+mod chart;
 mod cni;
 mod common;
 mod hostile;

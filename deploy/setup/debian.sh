@@ -50,6 +50,8 @@ if [ "$purpose" = test ]; then
     by_command iptables-nft iptables
     by_command depmod kmod
     by_command runc runc
+    by_command npm npm
+    python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
     if ! command -v busybox >/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then
         missing+=(busybox-static)
     fi
@@ -90,6 +92,9 @@ for component in rustfmt clippy; do
 done
 by_cargo cargo-nextest "$nextest"
 by_cargo cargo-deny "$deny"
+
+# These come from the network too: here, so that no test has to fetch them.
+"$(dirname "$(realpath "$0")")/tools.sh" >/dev/null
 
 # The kernel package comes from the network: here, so that no test has to fetch it.
 if ! kernel=$("$(dirname "$(realpath "$0")")/../../tests/vm/prepare" 2>&1); then

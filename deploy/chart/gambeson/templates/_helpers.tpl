@@ -1,0 +1,34 @@
+{{- define "gambeson.image" -}}
+{{- $image := .Values.image -}}
+{{- if $image.digest -}}
+{{ $image.repository }}@{{ $image.digest }}
+{{- else -}}
+{{ $image.repository }}:{{ $image.tag | default .Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{/* Never to be changed: the selector of a DaemonSet is fixed. */}}
+{{- define "gambeson.selectorLabels" -}}
+app.kubernetes.io/name: gambeson
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "gambeson.labels" -}}
+{{ include "gambeson.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/part-of: gambeson
+{{- end -}}
+
+{{/* The whole of Flannel's net-conf.json that the agent reads. */}}
+{{- define "gambeson.netConf" -}}
+{{- if not (or .Values.podCidr .Values.podCidrv6) -}}
+{{- fail "podCidr: give the cluster's pod network, or podCidrv6 for one of IPv6 alone" -}}
+{{- end -}}
+{{- $backend := dict "Type" "wireguard" "ListenPort" (int .Values.port) -}}
+{{- if .Values.mtu }}{{ $_ := set $backend "MTU" (int .Values.mtu) }}{{ end -}}
+{{- $conf := dict "EnableIPv4" (ne .Values.podCidr "") "EnableIPv6" (ne .Values.podCidrv6 "") "Backend" $backend -}}
+{{- if .Values.podCidr }}{{ $_ := set $conf "Network" .Values.podCidr }}{{ end -}}
+{{- if .Values.podCidrv6 }}{{ $_ := set $conf "IPv6Network" .Values.podCidrv6 }}{{ end -}}
+{{ $conf | toPrettyJson }}
+{{- end -}}

@@ -1,0 +1,167 @@
+//! The chart, and the manifests made from it, by the real helm and the schemas of Kubernetes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::LazyLock;
+
+use serde_json::Value;
+
+use crate::common::lab::{both, stdout_of};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+/// Versions of Kubernetes that the chart supports.
+const VERSIONS: [&str; 8] = ["1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37"];
+/// Sets of values, together every branch of the templates.
+const MATRIX: [&[&str]; 6] = [
+    &[],
+    &["podCidr=", "podCidrv6=fd00:10:244::/48", "mtu=1400", "iface=eth1", "wireguard=kernel"],
+    &["podCidrv6=fd00:10:244::/48", "ipMasq=false", "extraArgs={--bridge=br7}", "port=51900"],
+    &["metrics.enabled=true", "metrics.serviceMonitor.enabled=true", "resourceQuota=true"],
+    &["metrics.dashboard.enabled=true", "imagePullSecrets[0].name=x", "podAnnotations.a=b"],
+    &[
+        "image.digest=sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef",
+        "k8sServiceHost=10.0.0.1",
+        "k8sServicePort=6443",
+        "seLinuxOptions=null",
+        "nodeSelector.a=b",
+        "cni.binDir=/var/lib/rancher/k3s/data/cni",
+        "priorityClassName=",
+    ],
+];
+
+/// The folder of what `make setup` fetched.
+static TOOLS: LazyLock<PathBuf> = LazyLock::new(|| {
+    let script = format!("{ROOT}/deploy/setup/tools.sh");
+    PathBuf::from(stdout_of(&mut Command::new(script)).trim())
+});
+
+fn helm(arguments: &[&str]) -> Output {
+    Command::new(TOOLS.join("helm")).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+fn template(values: &[&str]) -> Output {
+    let chart = format!("{ROOT}/deploy/chart/gambeson");
+    let mut arguments = vec!["template", "gambeson", &chart, "--namespace", "kube-system"];
+    arguments.extend(values.iter().flat_map(|value| ["--set", value]));
+    helm(&arguments)
+}
+
+/// The objects that the chart makes of these values.
+pub(crate) fn rendered(values: &[&str]) -> Vec<Value> {
+    let output = template(values);
+    assert!(output.status.success(), "{values:?}: {}", both(&output));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("rendered.yaml");
+    fs::write(&file, output.stdout).unwrap();
+    let script = "import json, sys, yaml; \
+                  print(json.dumps([d for d in yaml.safe_load_all(open(sys.argv[1])) if d]))";
+    let mut python = Command::new(TOOLS.join("python/bin/python"));
+    serde_json::from_str(&stdout_of(python.args(["-c", script]).arg(file))).unwrap()
+}
+
+/// The one object of this kind and name.
+pub(crate) fn object(kind: &str, name: &str, values: &[&str]) -> Value {
+    let is_it = |object: &&Value| object["kind"] == kind && object["metadata"]["name"] == name;
+    let objects = rendered(values);
+    objects.iter().find(is_it).unwrap_or_else(|| panic!("no {kind} {name}")).clone()
+}
+
+fn valid(file: &Path, version: &str) {
+    let output = Command::new(TOOLS.join("python/bin/kubernetes-validate"))
+        .args(["--strict", "--quiet", "-k", version])
+        .arg(file)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{} for {version}: {}", file.display(), both(&output));
+}
+
+#[test]
+fn every_version_of_kubernetes_takes_what_the_chart_makes() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("all.yaml");
+    let mut all = Vec::new();
+    for values in MATRIX {
+        let objects = rendered(values);
+        // An operator's own kind has no schema of Kubernetes.
+        all.extend(objects.into_iter().filter(|object| object["kind"] != "ServiceMonitor"));
+    }
+    let documents: Vec<String> = all.iter().map(ToString::to_string).collect();
+    fs::write(&file, documents.join("\n---\n")).unwrap();
+    for version in VERSIONS {
+        valid(&file, version);
+    }
+}
+
+#[test]
+fn lint_finds_nothing() {
+    let output = helm(&["lint", "--strict", &format!("{ROOT}/deploy/chart/gambeson")]);
+    assert!(output.status.success(), "{}", both(&output));
+}
+
+#[test]
+fn the_manifests_are_those_of_the_chart() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = format!("{ROOT}/deploy/chart/manifests.sh");
+    stdout_of(Command::new(script).arg(folder.path()));
+    let made = fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    for name in made {
+        let kept = fs::read_to_string(Path::new(ROOT).join("deploy").join(&name)).unwrap();
+        let fresh = fs::read_to_string(folder.path().join(&name)).unwrap();
+        assert!(kept == fresh, "deploy/{} is stale: run `make manifests`", name.display());
+    }
+}
+
+#[test]
+fn the_version_is_the_programs() {
+    let chart = fs::read_to_string(format!("{ROOT}/deploy/chart/gambeson/Chart.yaml")).unwrap();
+    let expected = format!("appVersion: {}", env!("CARGO_PKG_VERSION"));
+    assert!(chart.lines().any(|line| line == expected), "{expected}");
+}
+
+#[test]
+fn wrong_values_are_refused_by_name() {
+    for (value, says) in [
+        ("podCIDR=10.0.0.0/8", "'podCIDR' not allowed"),
+        ("metrics.enable=true", "'enable' not allowed"),
+        ("wireguard=fast", "/wireguard"),
+        ("transports={vxlan}", "/transports/0"),
+        ("mtu=1000", "/mtu"),
+        ("port=65530", "/port"),
+        ("image.digest=sha256:12", "/image/digest"),
+        ("podCidr=", "podCidr: give the cluster's pod network"),
+        ("metrics.serviceMonitor.enabled=true", "needs metrics.enabled"),
+    ] {
+        let output = template(&[value]);
+        let message = both(&output);
+        assert!(!output.status.success(), "{value} is taken");
+        assert!(message.contains(says), "{value}: {message}");
+    }
+}
+
+#[test]
+fn the_agent_has_no_more_rights_than_it_needs() {
+    let agent = object("DaemonSet", "gambeson", &[]);
+    let pod = &agent["spec"]["template"]["spec"];
+    let container = &pod["containers"][0];
+    let security = &container["securityContext"];
+    assert_eq!(
+        security["capabilities"],
+        serde_json::json!({"drop": ["ALL"], "add": ["NET_ADMIN"]})
+    );
+    assert_eq!(security["allowPrivilegeEscalation"], false);
+    assert_eq!(security["readOnlyRootFilesystem"], true);
+    assert_eq!(security["privileged"], Value::Null);
+    // Ports of the host network would become hostPorts.
+    assert_eq!(container["ports"], Value::Null);
+    assert_eq!((&pod["hostPID"], &pod["hostIPC"]), (&Value::Null, &Value::Null));
+
+    let role = object("ClusterRole", "gambeson", &[]);
+    let rule = |resource: &str, verbs: &[&str]| serde_json::json!({"apiGroups": [""], "resources": [resource], "verbs": verbs});
+    let expected = [
+        rule("nodes", &["get", "list", "watch"]),
+        rule("nodes/status", &["patch"]),
+        rule("events", &["create"]),
+    ];
+    assert_eq!(role["rules"].as_array().unwrap(), &expected);
+}
