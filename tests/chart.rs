@@ -51,13 +51,9 @@ fn template(values: &[&str]) -> Output {
 pub(crate) fn rendered(values: &[&str]) -> Vec<Value> {
     let output = template(values);
     assert!(output.status.success(), "{values:?}: {}", both(&output));
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("rendered.yaml");
-    fs::write(&file, output.stdout).unwrap();
-    let script = "import json, sys, yaml; \
-                  print(json.dumps([d for d in yaml.safe_load_all(open(sys.argv[1])) if d]))";
-    let mut python = Command::new(TOOLS.join("python/bin/python"));
-    serde_json::from_str(&stdout_of(python.args(["-c", script]).arg(file))).unwrap()
+    let text = String::from_utf8(output.stdout).unwrap();
+    let objects: Vec<Value> = serde_saphyr::from_multiple(&text).unwrap();
+    objects.into_iter().filter(|object| !object.is_null()).collect()
 }
 
 /// The one object of this kind and name.

@@ -2,6 +2,7 @@
 // Clippy allows these in test functions; here the helpers around them are tests as well.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod admission;
 mod agent;
 mod api;
 mod apply;

@@ -5,6 +5,7 @@
 //! It runs as a process of its own, so that it can be killed and started again like a
 //! control plane; its journal makes a restart keep every resource version.
 
+pub mod admission;
 mod discovery;
 mod error;
 mod fault;

@@ -1,0 +1,223 @@
+//! The policies of the chart, by a CEL evaluator: who may write what on which Node.
+
+use std::collections::BTreeMap;
+
+use gambeson_lab::api::admission::{Policies, Review, User};
+use serde_json::{Value, json};
+
+use crate::chart::rendered;
+
+const AGENT: &str = "system:serviceaccount:kube-system:gambeson";
+const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
+
+/// The agent of this node.
+fn agent(node: &str) -> User {
+    let extra = BTreeMap::from([(NODE_NAME.to_owned(), vec![node.to_owned()])]);
+    User { extra, ..unbound() }
+}
+
+/// An agent whose token is that of a Secret.
+fn unbound() -> User {
+    User {
+        username: AGENT.into(),
+        groups: vec!["system:serviceaccounts".into()],
+        ..User::default()
+    }
+}
+
+fn user(name: &str, group: &str) -> User {
+    User { username: name.into(), groups: vec![group.into()], ..User::default() }
+}
+
+fn admin() -> User {
+    user("admin", "system:masters")
+}
+
+fn kubelet() -> User {
+    user("system:node:node-1", "system:nodes")
+}
+
+fn break_glass() -> User {
+    user("admin", "gambeson:break-glass")
+}
+
+fn node() -> Value {
+    json!({
+        "kind": "Node",
+        "metadata": {
+            "name": "node-1",
+            "labels": { "kubernetes.io/os": "linux" },
+            "annotations": {
+                "gambeson.io/public-key": "KEY",
+                "gambeson.io/key-generation": "7",
+                "volumes.kubernetes.io/controller-managed-attach-detach": "true",
+            },
+        },
+        "spec": { "podCIDRs": ["10.244.1.0/24"] },
+        "status": {
+            "addresses": [{ "type": "InternalIP", "address": "10.0.0.1" }],
+            "conditions": [
+                { "type": "Ready", "status": "True" },
+                { "type": "NetworkUnavailable", "status": "True" },
+            ],
+        },
+    })
+}
+
+/// `node` with this value at this JSON pointer; null removes it.
+fn with(mut node: Value, pointer: &str, value: Value) -> Value {
+    let (parent, key) = pointer.rsplit_once('/').unwrap();
+    let key = key.replace("~1", "/");
+    let parent = node.pointer_mut(parent).unwrap();
+    match (parent, value) {
+        (Value::Array(items), value) => items.push(value),
+        (Value::Object(map), Value::Null) => _ = map.remove(&key),
+        (Value::Object(map), value) => _ = map.insert(key, value),
+        (other, _) => panic!("{other} has nothing in it"),
+    }
+    node
+}
+
+fn policies() -> Policies {
+    Policies::from_objects(&rendered(&[])).unwrap()
+}
+
+/// What is said to an update of `node()`, on both resources, or nothing where it passes.
+fn update(user: &User, old: &Value, new: &Value) -> Option<String> {
+    let policies = policies();
+    let judge = |resource| {
+        let review = Review { user, operation: "UPDATE", resource, object: new, old: Some(old) };
+        policies.judge(&review).err()
+    };
+    let answer = judge("nodes/status");
+    assert_eq!(judge("nodes"), answer, "not the same on nodes and nodes/status");
+    answer
+}
+
+const GENERATION: &str = "/metadata/annotations/gambeson.io~1key-generation";
+const KEY: &str = "/metadata/annotations/gambeson.io~1public-key";
+const ROTATE: &str = "/metadata/annotations/config.gambeson.io~1rotate";
+
+#[test]
+fn what_may_be_written_passes() {
+    let mesh = json!({ "type": "MeshReady", "status": "True" });
+    for (what, user, new) in [
+        ("its key", agent("node-1"), with(node(), KEY, "NEW".into())),
+        ("a higher generation", agent("node-1"), with(node(), GENERATION, "8".into())),
+        ("the same generation", agent("node-1"), node()),
+        (
+            "one more annotation",
+            agent("node-1"),
+            with(node(), "/metadata/annotations/gambeson.io~1mtu", "1440".into()),
+        ),
+        ("its condition", agent("node-1"), with(node(), "/status/conditions/-", mesh)),
+        (
+            "that the network is there",
+            agent("node-1"),
+            with(node(), "/status/conditions/1/status", "False".into()),
+        ),
+        ("a label by an admin", admin(), with(node(), "/metadata/labels/x", "y".into())),
+        ("a rotation by an admin", admin(), with(node(), ROTATE, "now".into())),
+        ("a repair", break_glass(), with(node(), KEY, Value::Null)),
+        ("a heartbeat", kubelet(), with(node(), "/status/conditions/0/status", "False".into())),
+        // It can ask for its agent's token, so that refusing it would protect nothing.
+        ("an annotation by a kubelet", kubelet(), with(node(), KEY, "NEW".into())),
+        ("nothing by nobody", User::default(), node()),
+    ] {
+        assert_eq!(update(&user, &node(), &new), None, "{what}");
+    }
+}
+
+#[test]
+fn what_may_not_is_refused_with_what_to_do() {
+    let long = "x".repeat(513);
+    for (user, new, says) in [
+        (agent("node-2"), node(), "the agent of node node-2 may not write on Node node-1"),
+        (unbound(), node(), "this token is bound to no node"),
+        (agent(""), node(), "this token is bound to no node"),
+        (agent("node-1"), with(node(), GENERATION, "6".into()), "was 7 and never goes back"),
+        (agent("node-1"), with(node(), GENERATION, Value::Null), "never goes back"),
+        (agent("node-1"), with(node(), GENERATION, "-1".into()), "has to be a number"),
+        (agent("node-1"), with(node(), GENERATION, "".into()), "has to be a number"),
+        (agent("node-1"), with(node(), KEY, long.into()), "at most 512 bytes"),
+        (agent("node-1"), with(node(), ROTATE, "x".into()), "gambeson.io/* and no others"),
+        (
+            agent("node-1"),
+            with(
+                node(),
+                "/metadata/annotations/volumes.kubernetes.io~1controller-managed-attach-detach",
+                Value::Null,
+            ),
+            "gambeson.io/* and no others",
+        ),
+        (agent("node-1"), with(node(), "/metadata/labels/x", "y".into()), "may not change labels"),
+        (agent("node-1"), with(node(), "/metadata/finalizers", json!(["x"])), "finalizers"),
+        (agent("node-1"), with(node(), "/spec/podCIDRs", json!([])), "the spec of its Node"),
+        (agent("node-1"), with(node(), "/spec", Value::Null), "the spec of its Node"),
+        (agent("node-1"), with(node(), "/status/addresses", json!([])), "nothing else of its"),
+        (agent("node-1"), with(node(), "/status/phase", "x".into()), "nothing else of its status"),
+        (
+            agent("node-1"),
+            with(node(), "/status/conditions/0/status", "False".into()),
+            "NetworkUnavailable, MeshReady and MeshEncrypted and no others",
+        ),
+        (agent("node-1"), with(node(), "/status/conditions", Value::Null), "and no others"),
+        (admin(), with(node(), KEY, "NEW".into()), "set config.gambeson.io/rotate"),
+        (admin(), with(node(), KEY, Value::Null), "--as-group=gambeson:break-glass"),
+        (
+            admin(),
+            with(node(), "/metadata/annotations", Value::Null),
+            "the agent of node node-1 alone",
+        ),
+        (
+            user("system:serviceaccount:default:gambeson", "system:serviceaccounts"),
+            with(node(), KEY, "NEW".into()),
+            "the agent of node node-1 alone writes",
+        ),
+        (User::default(), with(node(), KEY, "NEW".into()), "the agent of node node-1 alone"),
+    ] {
+        let answer = update(&user, &node(), &new).unwrap_or_else(|| panic!("{says}: passes"));
+        assert!(answer.contains(says), "{says}: {answer}");
+        assert!(answer.contains("denied request: gambeson: "), "{answer}");
+    }
+}
+
+#[test]
+fn a_node_that_is_made_again_starts_anew() {
+    let policies = policies();
+    let create = |user: &User, object: &Value| {
+        let review = Review { user, operation: "CREATE", resource: "nodes", object, old: None };
+        policies.judge(&review).err()
+    };
+    let fresh = with(node(), "/metadata/annotations", Value::Null);
+    assert_eq!(create(&kubelet(), &fresh), None);
+    assert_eq!(create(&admin(), &fresh), None);
+    let refused = create(&admin(), &node()).unwrap();
+    assert!(refused.contains("the agent of node node-1 alone"), "{refused}");
+    assert_eq!(create(&break_glass(), &node()), None);
+    // The generation of the Node that was there before binds nobody.
+    let first =
+        with(fresh.clone(), "/metadata/annotations", json!({"gambeson.io/key-generation": "0"}));
+    assert_eq!(update(&agent("node-1"), &fresh, &first), None);
+}
+
+#[test]
+fn a_garbled_generation_can_be_put_right_by_the_agent() {
+    let garbled = with(node(), GENERATION, "garbage".into());
+    let right = with(node(), GENERATION, "3".into());
+    assert_eq!(update(&agent("node-1"), &garbled, &right), None);
+}
+
+#[test]
+fn without_the_policies_anything_passes() {
+    let none = Policies::from_objects(&rendered(&["admission.enabled=false"])).unwrap();
+    let (user, object, old) = (agent("node-2"), node(), node());
+    let review = Review {
+        user: &user,
+        operation: "UPDATE",
+        resource: "nodes/status",
+        object: &object,
+        old: Some(&old),
+    };
+    assert_eq!(none.judge(&review), Ok(()));
+}
