@@ -204,6 +204,12 @@ pub struct Options {
     )]
     pub annotation_prefix: String,
 
+    /// Be ready only where the API server keeps each agent to its own Node
+    ///
+    /// Without it a missing admission policy is a warning in `gambeson status`.
+    #[arg(long, env = "GAMBESON_REQUIRE_ADMISSION")]
+    pub require_admission: bool,
+
     /// Bridge that the CNI plugin attaches pods to
     #[arg(
         long,
@@ -263,6 +269,8 @@ pub struct Config {
     pub proc_sys: PathBuf,
     /// Annotation prefix, e.g. `gambeson.io`.
     pub prefix: String,
+    /// Be ready only where the admission policies are enforced.
+    pub require_admission: bool,
     /// Pod bridge.
     pub bridge: String,
     /// Keys of net-conf.json that this version does nothing with.
@@ -343,6 +351,7 @@ impl Options {
             socket: self.socket,
             proc_sys: self.proc_sys,
             prefix: self.annotation_prefix,
+            require_admission: self.require_admission,
             bridge: self.bridge,
             unknown_keys: file.unknown,
         })

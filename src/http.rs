@@ -20,7 +20,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 
-use crate::status::{PeerStatus, Source, Status};
+use crate::status::{Admission, PeerStatus, Source, Status};
 
 /// Upper bounds of the reconcile histogram in seconds.
 const BUCKETS: [f64; 10] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
@@ -148,6 +148,11 @@ impl Collector for StatusMetrics {
             ("peers", "Peers in use", status.peers.len()),
             ("refused_peers", "Nodes that are refused as peers", status.refused.len()),
             ("ready", "Whether the guard and subnet.env are in place", usize::from(status.ready)),
+            (
+                "admission_enforced",
+                "Whether the API server keeps each agent to its own Node",
+                usize::from(status.admission == Admission::Enforced),
+            ),
         ];
         for (name, help, value) in gauges {
             let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
@@ -246,6 +251,7 @@ mod tests {
         for line in [
             "gambeson_peers 1",
             "gambeson_refused_peers 1",
+            "gambeson_admission_enforced 0",
             "gambeson_peer_handshake_age_seconds{peer=\"node-2\"} 5",
             "gambeson_peer_receive_bytes_total{peer=\"node-2\"} 10",
             "gambeson_peer_transmit_bytes_total{peer=\"node-2\"} 20",

@@ -52,6 +52,10 @@ pub struct Status {
     pub refused: Vec<RefusedStatus>,
     /// Packets that the guard stopped.
     pub guard: GuardStatus,
+    /// Whether the API server keeps each agent to its own Node.
+    pub admission: Admission,
+    /// Whether it has to, for this agent to be ready.
+    pub admission_required: bool,
     /// Whether pods can be started: guard and subnet.env are in place.
     pub ready: bool,
     /// What the agent waits for before it can do anything.
@@ -127,6 +131,39 @@ pub struct GuardStatus {
     pub in_bytes: u64,
 }
 
+/// Whether the API server keeps each agent to its own Node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Admission {
+    /// It has not answered yet.
+    #[default]
+    Unknown,
+    /// There is no other Node to keep this agent from.
+    Alone,
+    /// It refused to let this agent write on another Node.
+    Enforced,
+    /// It would have let it.
+    Missing,
+}
+
+impl Admission {
+    /// What is wrong when it is [`Self::Missing`], and what helps.
+    pub const MISSING: &str = "the API server lets this agent write on other Nodes, so that one \
+        node that is taken over can redirect the traffic of all: apply the admission policies of \
+        the chart (admission.enabled) or of deploy/gambeson.yaml";
+}
+
+impl fmt::Display for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unknown => "not asked yet",
+            Self::Alone => "no other Node",
+            Self::Enforced => "enforced",
+            Self::Missing => "missing",
+        })
+    }
+}
+
 /// How this node sends to its peers, as [`PeerStatus::transport`] names it.
 pub fn transport_name(implementation: Implementation) -> &'static str {
     match implementation {
@@ -149,6 +186,8 @@ impl Status {
             peers: Vec::new(),
             refused: Vec::new(),
             guard: GuardStatus::default(),
+            admission: Admission::default(),
+            admission_required: false,
             ready: false,
             waiting: None,
             hangs_for_seconds: None,
@@ -171,7 +210,14 @@ impl Status {
                 None => "the guard and subnet.env are not in place yet".to_owned(),
             })
         };
-        self.unhealthy().or_else(not_yet)
+        let admission = || {
+            let missing = matches!(self.admission, Admission::Unknown | Admission::Missing);
+            (self.admission_required && missing).then(|| match self.admission {
+                Admission::Missing => format!("--require-admission: {}", Admission::MISSING),
+                other => format!("--require-admission: {other}"),
+            })
+        };
+        self.unhealthy().or_else(not_yet).or_else(admission)
     }
 
     /// With the key this node uses.
@@ -344,6 +390,7 @@ impl Status {
             f,
             "Guard           {whole}, {out_packets} packets stopped going out, {in_packets} coming in"
         )?;
+        writeln!(f, "Admission       {}", self.admission)?;
         writeln!(f, "Peers           {} in use, {} refused", self.peers.len(), self.refused.len())
     }
 

@@ -1,11 +1,19 @@
 //! The policies of the chart, by a CEL evaluator: who may write what on which Node.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
+use gambeson::status::{Admission, Status};
 use gambeson_lab::api::admission::{Policies, Review, User};
+use gambeson_lab::{Options, WireguardMode};
 use serde_json::{Value, json};
 
 use crate::chart::rendered;
+use crate::common::agent::{status_when, stranger};
+use crate::common::lab::{GAMBESON, both, lab_up};
+use crate::common::scenario::{options, run};
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 const AGENT: &str = "system:serviceaccount:kube-system:gambeson";
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
@@ -220,4 +228,90 @@ fn without_the_policies_anything_passes() {
         old: Some(&old),
     };
     assert_eq!(none.judge(&review), Ok(()));
+}
+
+fn small() -> Options {
+    options(WireguardMode::Userspace)
+}
+
+#[test]
+fn an_agent_with_another_nodes_token_is_refused_and_says_so() {
+    let lab = lab_up(small());
+    let node = lab.node("node-1").unwrap();
+    assert_eq!(
+        status_when(node, "asks", |s| s.admission != Admission::Unknown).admission,
+        Admission::Enforced
+    );
+    let before = lab.api().unwrap().node("node-1").unwrap()["metadata"]["annotations"].clone();
+
+    node.give_token(Some("node-2"), HOUR).unwrap();
+    // A new key is something to publish.
+    node.stop_agent().unwrap();
+    run(&node.environment(), "rm /var/lib/gambeson/keys.json");
+    node.start_agent().unwrap();
+    let says = |status: &Status| {
+        let about = "the agent of node node-2 may not write on Node node-1";
+        status.errors.iter().any(|error| error.contains(about))
+    };
+    status_when(node, "is refused", says);
+    let after = lab.api().unwrap().node("node-1").unwrap()["metadata"]["annotations"].clone();
+    assert_eq!(after, before);
+    node.give_token(None, HOUR).unwrap();
+    status_when(node, "is refused", |status| {
+        status.errors.iter().any(|error| error.contains("this token is bound to no node"))
+    });
+    // Its own token, as a kubelet renews it: nothing has to be started anew.
+    node.give_token(Some("node-1"), HOUR).unwrap();
+    status_when(node, "has published", |status| status.errors.is_empty());
+    let after = lab.api().unwrap().node("node-1").unwrap()["metadata"]["annotations"].clone();
+    assert_ne!(after, before);
+}
+
+#[test]
+fn an_expired_token_is_replaced_by_the_renewed_one() {
+    let lab = lab_up(small());
+    let node = lab.node("node-1").unwrap();
+    let short = Duration::from_secs(3);
+    node.give_token(Some("node-1"), short).unwrap();
+    node.restart_agent().unwrap();
+    status_when(node, "is well", |status| status.errors.is_empty() && status.peers.len() == 1);
+    std::thread::sleep(short);
+    // A watch that goes on needs no token, a new one does.
+    lab.kill_api().unwrap();
+    lab.start_api().unwrap();
+    status_when(node, "is refused", |status| {
+        status.errors.iter().any(|error| error.contains("Unauthorized"))
+    });
+    node.give_token(Some("node-1"), HOUR).unwrap();
+    status_when(node, "is well again", |status| status.errors.is_empty());
+}
+
+#[test]
+fn missing_policies_are_said_and_decide_where_they_are_required() {
+    let lab = lab_up(Options { admission: false, ..small() });
+    let node = lab.node("node-1").unwrap();
+    let status = status_when(node, "has asked", |status| status.admission == Admission::Missing);
+    assert!(status.warnings.iter().any(|w| w.contains("deploy/gambeson.yaml")), "{status:#?}");
+    assert_eq!(status.unready(), None);
+    let annotations = &lab.api().unwrap().node("node-2").unwrap()["metadata"]["annotations"];
+    assert_eq!(annotations["gambeson.io/admission-test"], Value::Null);
+
+    let required = ["--require-admission".to_owned()].to_vec();
+    let lab = lab_up(Options { admission: false, agent_arguments: required.clone(), ..small() });
+    let node = lab.node("node-1").unwrap();
+    status_when(node, "has asked", |status| {
+        status.unready().is_some_and(|why| why.contains("--require-admission: the API server lets"))
+    });
+    let check = node.exec(&[GAMBESON, "status", "--check", "ready"]).unwrap();
+    assert_eq!(check.status.code(), Some(8), "{}", both(&check));
+
+    let lab = lab_up(Options { nodes: 1, agent_arguments: required, ..small() });
+    let node = lab.node("node-1").unwrap();
+    status_when(node, "is ready alone", |status| {
+        status.admission == Admission::Alone && status.unready().is_none()
+    });
+    lab.api().unwrap().create_node(&stranger(90)).unwrap();
+    status_when(node, "is ready", |status| {
+        status.admission == Admission::Enforced && status.unready().is_none()
+    });
 }

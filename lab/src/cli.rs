@@ -94,6 +94,8 @@ enum LabCommand {
     ApiServer {
         #[arg(long)]
         port: u16,
+        #[arg(long)]
+        no_admission: bool,
     },
 }
 
@@ -117,6 +119,9 @@ struct UpArgs {
     /// Each node in a subnet of its own behind a router
     #[arg(long)]
     routed: bool,
+    /// An API server without the policies that keep agents to their own Nodes
+    #[arg(long)]
+    no_admission: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -186,7 +191,9 @@ fn run(cli: Cli) -> Result<(), Failure> {
             eprintln!("lab {name} {}", if found { "is gone" } else { "does not exist" });
             Ok(())
         }
-        LabCommand::ApiServer { port } => Ok(run_api_server(&name, port)?),
+        LabCommand::ApiServer { port, no_admission } => {
+            Ok(run_api_server(&name, port, !no_admission)?)
+        }
     }
 }
 
@@ -200,6 +207,7 @@ fn up(name: LabName, args: UpArgs) -> Result<(), Failure> {
         underlay: args.family,
         pods: args.family,
         routed: args.routed,
+        admission: !args.no_admission,
         lab_binary: lab_binary.clone(),
         ..Options::new(name, agent_program(&lab_binary)?)
     };

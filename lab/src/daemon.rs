@@ -1,6 +1,6 @@
 //! The lab's long-running processes: the API server and the agents.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
 
+use super::api::access::Access;
 use super::api::{Server, Store};
 use super::error::{LabError, LogTail, file_error};
 use super::layout::{API_PORT, NodeIndex, UNDERLAY_INTERFACE, hub_netns, state_dir};
@@ -19,10 +20,14 @@ use super::state::ApiState;
 
 /// The API server's journal, log and the agents' kubeconfig.
 pub(super) const JOURNAL: &str = "api.journal";
+/// What the tokens of its agents are made with.
+pub(super) const SECRET: &str = "api.secret";
 const API_LOG: &str = "api.log";
 pub(super) const AGENT_LOG: &str = "agent.log";
 /// Where an agent finds its kubeconfig.
 pub(super) const KUBECONFIG: &str = "/run/gambeson/kubeconfig";
+/// Where that finds its token.
+pub(super) const TOKEN: &str = "/run/gambeson/token";
 
 /// Arguments that start the API server of this lab, and tell its process from all others.
 pub(super) fn api_arguments(name: &LabName) -> [String; 3] {
@@ -36,6 +41,7 @@ pub(super) fn start_api(options: &Options, port: u16) -> Result<ApiState, LabErr
     command
         .args(api_arguments(&options.name))
         .args(["--port", &port.to_string()])
+        .args((!options.admission).then_some("--no-admission"))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(open_log(&log)?)
@@ -56,7 +62,7 @@ pub(super) fn start_api(options: &Options, port: u16) -> Result<ApiState, LabErr
 
 /// The API server's own side: listens on the host's loopback address and in the hub, says on
 /// which port, and serves until it is killed.
-pub fn run_api_server(name: &LabName, port: u16) -> Result<(), LabError> {
+pub fn run_api_server(name: &LabName, port: u16, admission: bool) -> Result<(), LabError> {
     let folder = state_dir(name);
     let listen = |address: SocketAddr| {
         TcpListener::bind(address)
@@ -66,7 +72,10 @@ pub fn run_api_server(name: &LabName, port: u16) -> Result<(), LabError> {
     let hub = Netns::named(hub_netns(name))
         .run(|| listen(SocketAddr::from((Ipv6Addr::UNSPECIFIED, API_PORT))))??;
     let port = host.local_addr().map_err(file_error("ask the address of", "a socket"))?.port();
-    let server = Server::new(Store::open(&folder.join(JOURNAL))?);
+    let secret =
+        fs::read_to_string(folder.join(SECRET)).map_err(file_error("read", folder.join(SECRET)))?;
+    let access = Access::new(secret, admission)?;
+    let server = Server::new(Store::open(&folder.join(JOURNAL))?, access);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::api::admission::PolicyError;
 use super::api::{ServeError, StoreError};
 use super::layout::state_dir;
 use super::netns::NetnsError;
@@ -21,6 +22,9 @@ pub enum LabError {
     /// The API server's store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The API server's policies.
+    #[error(transparent)]
+    Policies(#[from] PolicyError),
     /// The API server.
     #[error(transparent)]
     Serve(#[from] ServeError),

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::api::{Store, timestamp};
 use super::client::{Api, Patch};
-use super::daemon::{self, AGENT_LOG, JOURNAL, KUBECONFIG};
+use super::daemon::{self, AGENT_LOG, JOURNAL, KUBECONFIG, SECRET, TOKEN};
 use super::error::{LabError, LogTail, file_error};
 use super::layout::{NodeIndex, STATE_ROOT, hub_netns, state_dir};
 use super::netns::{Environment, Netns};
@@ -28,6 +28,8 @@ use super::state::{Lock, PodState, State, write_atomically};
 use super::teardown;
 use super::wait::until;
 
+/// Of the agents' tokens. No lab is older.
+const TOKEN_LIFETIME: Duration = Duration::from_secs(365 * 86_400);
 /// How long an agent may take until its node has a CNI configuration.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the first packet between two nodes may take.
@@ -101,7 +103,7 @@ impl Lab {
 
     /// A kubeconfig for the host.
     pub fn kubeconfig(&self) -> String {
-        kubeconfig(&self.options.name, &self.api_url())
+        kubeconfig(&self.options.name, &self.api_url(), "{}")
     }
 
     /// The file with that kubeconfig, for programs that read it more than once.
@@ -188,9 +190,15 @@ impl Lab {
         }
         network::build(options)?;
         step(progress, "starting the API server")?;
+        let secret: [u8; 16] = rand::random();
+        let secret: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+        write_atomically(&options.state_dir().join(SECRET), secret.as_bytes())?;
         let store = Store::open(&options.state_dir().join(JOURNAL))?;
         store.seed(options.node_indices().map(|node| node_object(options, node)))?;
         drop(store);
+        for node in self.nodes() {
+            node.give_token(Some(&node.name()), TOKEN_LIFETIME)?;
+        }
         self.start_api()?;
         write_atomically(&self.kubeconfig_path(), self.kubeconfig().as_bytes())?;
         if options.start {
@@ -222,7 +230,8 @@ impl Lab {
             fs::create_dir_all(&folder).map_err(file_error("make", &folder))?;
         }
         let url = self.options.api_url(node);
-        let kubeconfig = kubeconfig(&self.options.name, &url);
+        let user = format!("{{ tokenFile: {TOKEN} }}");
+        let kubeconfig = kubeconfig(&self.options.name, &url, &user);
         write_atomically(&on_host(KUBECONFIG), kubeconfig.as_bytes())?;
         // The plugin is known by its file name alone.
         let plugin = on_host(BIN_DIR).join("gambeson-cni");
@@ -345,11 +354,11 @@ fn require_root() -> Result<(), LabError> {
     if nix::unistd::geteuid().is_root() { Ok(()) } else { Err(LabError::NotRoot) }
 }
 
-fn kubeconfig(lab: &LabName, url: &str) -> String {
+fn kubeconfig(lab: &LabName, url: &str, user: &str) -> String {
     format!(
         "apiVersion: v1\nkind: Config\ncurrent-context: {lab}\nclusters:\n- name: {lab}\n  \
          cluster:\n    server: {url}\ncontexts:\n- name: {lab}\n  context:\n    cluster: {lab}\n    \
-         user: {lab}\nusers:\n- name: {lab}\n  user: {{}}\n"
+         user: {lab}\nusers:\n- name: {lab}\n  user: {user}\n"
     )
 }
 

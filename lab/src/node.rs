@@ -14,7 +14,8 @@ use nix::sys::socket::{getsockopt, sockopt};
 
 use gambeson::status::Status;
 
-use super::daemon::{self, AGENT_LOG};
+use super::api::access::token;
+use super::daemon::{self, AGENT_LOG, SECRET, TOKEN};
 use super::error::{LabError, LogTail, file_error};
 use super::instance::{INTERRUPTED, Lab, end};
 use super::layout::{NodeIndex, PodIndex, hub_netns};
@@ -22,6 +23,7 @@ use super::netns::{Environment, Netns};
 use super::network::{hub_port, ip};
 use super::probe::ping::{Echo, Pinger};
 use super::process::ProcessId;
+use super::state::write_atomically;
 use super::wait::until;
 
 /// Folder of the userspace devices' sockets, as seen on the node.
@@ -123,6 +125,14 @@ impl<'a> Node<'a> {
     pub fn restart_agent(&self) -> Result<(), LabError> {
         self.stop_agent()?;
         self.start_agent()
+    }
+
+    /// Puts a token where the agent finds its own: that of the agent of `node`, or of none.
+    pub fn give_token(&self, node: Option<&str>, lifetime: Duration) -> Result<(), LabError> {
+        let secret = self.lab.options.state_dir().join(SECRET);
+        let secret = std::fs::read_to_string(&secret).map_err(file_error("read", secret))?;
+        let token = token(&secret, node, lifetime);
+        write_atomically(&self.host_path(Path::new(TOKEN)), token.as_bytes())
     }
 
     /// What the agent has logged so far.

@@ -34,6 +34,8 @@ pub struct Options {
     pub pods: Family,
     /// Each node in a subnet of its own behind a router, instead of one L2 segment.
     pub routed: bool,
+    /// The API server enforces the policies of the manifests.
+    pub admission: bool,
     /// The `gambeson` program that is run as agent and CNI plugin.
     pub binary: PathBuf,
     /// The `gambeson-lab` program that is run as API server.
@@ -56,6 +58,7 @@ impl Options {
             underlay: Family::V4,
             pods: Family::V4,
             routed: false,
+            admission: true,
             lab_binary: binary.with_file_name("gambeson-lab"),
             binary,
             agent_arguments: Vec::new(),

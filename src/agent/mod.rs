@@ -33,12 +33,13 @@ use words::chain;
 
 use crate::apply::{Events, Kernel, Scope};
 use crate::cluster::{
-    Backoff, Connector, EventWriter, NodeStore, NodeWatch, Publication, Publisher, Recorder,
+    AdmissionTest, Backoff, Connector, EventWriter, NodeStore, NodeWatch, Publication, Publisher,
+    Recorder,
 };
 use crate::config::{Config, NodeIdentity, Options};
 use crate::http::{self, Reconciles};
 use crate::rounds::Rounds;
-use crate::status::{self, Source, Status};
+use crate::status::{self, Admission, Source, Status};
 
 /// A pass is made at least this often, in case an event was lost.
 const RESYNC: Duration = Duration::from_secs(30);
@@ -116,7 +117,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let (device_changes, devices_changed) = watch::channel(0);
     tasks.spawn("device watch", device_watch::watch(devices_left, device_changes));
     let agent = Agent {
-        reporter: Reporter::new(&node, cluster.events.clone()),
+        reporter: Reporter::new(&node, cluster.events.clone(), config.require_admission),
         node,
         reconciler,
         cluster,
@@ -194,6 +195,7 @@ struct Cluster {
     changes: watch::Receiver<u64>,
     publication: watch::Sender<Option<Publication>>,
     events: Recorder,
+    admission: watch::Receiver<Admission>,
     health: [watch::Receiver<Option<String>>; 2],
 }
 
@@ -214,10 +216,14 @@ impl Cluster {
             publish_health,
         );
         tasks.spawn("publisher", publisher.run());
+        let (answer, admission) = watch::channel(Admission::default());
+        let test = AdmissionTest::new(connector.clone(), store.clone(), &config.prefix, answer);
+        tasks.spawn("admission test", test.run());
         let (writer, events) = EventWriter::new(connector, node);
         tasks.spawn("event writer", writer.run());
         let changes = store.changes();
-        Self { store, changes, publication, events, health: [watching, publishing] }
+        let health = [watching, publishing];
+        Self { store, changes, publication, events, admission, health }
     }
 
     /// What is wrong with the connections at the moment.
@@ -307,6 +313,10 @@ impl Agent {
                     debug_assert!(changed.is_ok(), "the store is ours");
                     Wake::Look(Cause::Wanted, None)
                 }
+                changed = self.cluster.admission.changed() => {
+                    debug_assert!(changed.is_ok(), "the test never ends");
+                    Wake::Look(Cause::Wanted, None)
+                }
                 changed = self.devices_changed.changed() => {
                     debug_assert!(changed.is_ok(), "the watch never ends");
                     Wake::Look(Cause::Wanted, None)
@@ -356,6 +366,7 @@ impl Agent {
             self.reporter.set_drops(&drops);
         }
         self.reporter.set_guard_seen_whole(self.reconciler.guard_seen_whole());
+        self.reporter.set_admission(*self.cluster.admission.borrow_and_update());
         let now = Instant::now();
         let report = self.reporter.report(&pass, &self.cluster.troubles(), now);
         self.status.send_replace(report);

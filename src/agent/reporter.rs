@@ -17,7 +17,7 @@ use super::reconciler::{Pass, View};
 use crate::apply::GuardDrops;
 use crate::cluster::{Note, Reason, Recorder};
 use crate::status::{
-    GuardStatus, PeerStatus, RefusedStatus, Status, UnderlayStatus, transport_name,
+    Admission, GuardStatus, PeerStatus, RefusedStatus, Status, UnderlayStatus, transport_name,
 };
 
 /// How often it is said again what the agent waits for.
@@ -37,12 +37,14 @@ pub(super) struct Reporter {
     waiting: Option<(String, Instant)>,
     ready: bool,
     guard: GuardStatus,
+    admission: Admission,
+    admission_required: bool,
     /// Says how the data plane is while a pass has nothing newer to tell.
     last: Status,
 }
 
 impl Reporter {
-    pub(super) fn new(node: &str, events: Recorder) -> Self {
+    pub(super) fn new(node: &str, events: Recorder, admission_required: bool) -> Self {
         Self {
             events,
             peers: BTreeSet::new(),
@@ -52,6 +54,8 @@ impl Reporter {
             waiting: None,
             ready: false,
             guard: GuardStatus::default(),
+            admission: Admission::default(),
+            admission_required,
             last: Status::starting(node),
         }
     }
@@ -65,6 +69,11 @@ impl Reporter {
             in_bytes: drops.in_bytes,
             ..self.guard
         };
+    }
+
+    /// Takes in whether the API server keeps agents to their own Nodes.
+    pub(super) fn set_admission(&mut self, admission: Admission) {
+        self.admission = admission;
     }
 
     /// Takes in when the guard was last seen whole.
@@ -184,6 +193,8 @@ impl Reporter {
     fn status(&self, pass: &Pass, troubles: &[String]) -> Status {
         let mut status = Status {
             guard: self.guard,
+            admission: self.admission,
+            admission_required: self.admission_required,
             ready: pass.ready,
             waiting: pass.waiting.clone(),
             errors: pass.problems.iter().chain(troubles).cloned().collect(),
@@ -217,7 +228,9 @@ impl Reporter {
                 kept: mesh.peers.contains_key(name),
             })
             .collect();
-        status.warnings = warnings(mesh).collect();
+        let admission = (self.admission == Admission::Missing).then_some(Admission::MISSING);
+        let admission = admission.into_iter().map(str::to_owned);
+        status.warnings = admission.chain(warnings(mesh)).collect();
         status
     }
 }

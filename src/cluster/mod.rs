@@ -3,6 +3,7 @@
 //! The only part that talks to Kubernetes: Nodes in; annotations, a condition and Events out.
 //! Every task here retries for ever and keeps what is known; none of them touches the kernel.
 
+mod admission;
 mod backoff;
 mod connect;
 mod events;
@@ -11,6 +12,7 @@ mod publish;
 mod store;
 mod watch;
 
+pub use admission::AdmissionTest;
 pub use backoff::Backoff;
 pub use connect::{ConnectError, Connector, RequestError};
 pub use events::{EventWriter, Note, Reason, Recorder};

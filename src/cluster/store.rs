@@ -98,6 +98,11 @@ impl Nodes {
         self.records.get(&self.own_name)
     }
 
+    /// Any Node but the agent's own, the same as long as there is one.
+    pub fn another(&self) -> Option<&NodeName> {
+        self.records.keys().find(|name| **name != self.own_name)
+    }
+
     /// `NetworkUnavailable` of the agent's own Node.
     pub fn own_condition(&self) -> Option<&Condition> {
         self.own_condition.as_ref()

@@ -59,6 +59,17 @@ impl ApiError {
         Self::new(422, "Invalid", message).about(resource, name)
     }
 
+    /// 401: a token that is not known, or no longer.
+    pub(super) fn unauthorized() -> Self {
+        Self::new(401, "Unauthorized", "Unauthorized")
+    }
+
+    /// 422: an admission policy does not let it pass.
+    pub(super) fn denied(resource: &Resource, name: &str, why: &str) -> Self {
+        let message = format!("{} \"{name}\" is forbidden: {why}", resource.plural);
+        Self::new(422, "Invalid", message).about(resource, name)
+    }
+
     pub(super) fn method_not_allowed() -> Self {
         let message = "the server does not allow this method on the requested resource";
         Self::new(405, "MethodNotAllowed", message)

@@ -14,6 +14,8 @@ use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use super::access::Access;
+use super::admission::User;
 use super::discovery;
 use super::error::ApiError;
 use super::fault::{Effect, Fault, Faults, Request};
@@ -22,7 +24,7 @@ use super::object::metadata;
 use super::patch::PatchType;
 use super::resource::Resource;
 use super::selector::Selector;
-use super::store::Store;
+use super::store::{Admission, Store};
 use super::table::Format;
 use super::target::{Subresource, Target};
 use super::watch;
@@ -32,6 +34,7 @@ use super::watch;
 pub(super) struct Shared {
     pub(super) store: Arc<Store>,
     pub(super) faults: Arc<Faults>,
+    pub(super) access: Arc<Access>,
     pub(super) requests: Arc<RequestLog>,
 }
 
@@ -73,7 +76,8 @@ pub(super) async fn handle(
         Ok(call) => call,
         Err(error) => return error.into_response(),
     };
-    call.shared.requests.add(&call.request, call.target.name.as_deref(), &body);
+    let name = call.target.name.as_deref();
+    call.shared.requests.add(&call.request, name, call.dry_run, &body);
     call.answer(&body).await.unwrap_or_else(IntoResponse::into_response)
 }
 
@@ -83,6 +87,8 @@ struct Call {
     parameters: Parameters,
     headers: HeaderMap,
     request: Request,
+    user: User,
+    dry_run: bool,
 }
 
 impl Call {
@@ -93,12 +99,15 @@ impl Call {
         uri: &Uri,
         headers: HeaderMap,
     ) -> Result<Self, ApiError> {
+        let user = shared.access.user(&headers)?;
         let target = Target::parse(uri.path()).ok_or_else(ApiError::unknown_path)?;
         let Query(parameters) = Query::<Parameters>::try_from_uri(uri)
             .map_err(|error| ApiError::bad_request(error.body_text()))?;
-        if parameters.get("dryRun").is_some_and(|value| !value.is_empty()) {
-            return Err(ApiError::bad_request("the lab's API server does no dry runs"));
-        }
+        let dry_run = match parameters.get("dryRun").map(String::as_str) {
+            None | Some("") => false,
+            Some("All") => true,
+            Some(_) => return Err(ApiError::bad_request("dryRun: supported values: \"All\"")),
+        };
         let verb = match (method, &target.name) {
             (&Method::GET, None) if is_true(&parameters, "watch") => "watch",
             (&Method::GET, None) => "list",
@@ -110,7 +119,7 @@ impl Call {
             _ => return Err(ApiError::method_not_allowed()),
         };
         let request = Request { verb, resource: target.resource.plural, client: Some(client) };
-        Ok(Self { shared, target, parameters, headers, request })
+        Ok(Self { shared, target, parameters, headers, request, user, dry_run })
     }
 
     async fn answer(self, body: &[u8]) -> Result<Response, ApiError> {
@@ -146,15 +155,18 @@ impl Call {
                     let message = "the name of the object does not match the name on the URL";
                     return Err(ApiError::bad_request(message));
                 }
-                store.update(key, *subresource, |_| Ok(new))?
+                store.update(key, *subresource, &self.admission(), |_| Ok(new))?
             }
             "patch" => {
                 let kind = PatchType::from_content_type(self.content_type())?;
                 let patch = parse_json(body)?;
-                store.update(key, *subresource, |old| kind.apply(old, &patch))?
+                store.update(key, *subresource, &self.admission(), |old| kind.apply(old, &patch))?
             }
             _ => {
                 let options = if body.is_empty() { Value::Null } else { self.json_body(body)? };
+                if self.dry_run {
+                    return Err(ApiError::bad_request("the lab deletes nothing in a dry run"));
+                }
                 let deleted = store.delete(key, &options["preconditions"])?;
                 return Ok(Json(deletion(resource, &deleted)).into_response());
             }
@@ -162,12 +174,21 @@ impl Call {
         Ok(Json(self.format().object(resource, &object)).into_response())
     }
 
+    fn admission(&self) -> Admission<'_> {
+        let about = (self.target.resource, self.target.subresource);
+        Admission {
+            judge: Box::new(move |old, new| self.shared.access.admit(&self.user, about, old, new)),
+            dry_run: self.dry_run,
+        }
+    }
+
     fn create(&self, body: &[u8]) -> Result<Response, ApiError> {
         let Target { resource, namespace, .. } = &self.target;
         if resource.namespaced && namespace.is_empty() {
             return Err(ApiError::method_not_allowed());
         }
-        let object = self.shared.store.create(resource, namespace, self.json_body(body)?)?;
+        let store = &self.shared.store;
+        let object = store.create(resource, namespace, &self.admission(), self.json_body(body)?)?;
         let object = self.format().object(resource, &object);
         Ok((StatusCode::CREATED, Json(object)).into_response())
     }

@@ -28,6 +28,8 @@ pub struct LoggedRequest {
     pub name: Option<String>,
     /// Address of the client.
     pub client: Option<IpAddr>,
+    /// Whether it was for show.
+    pub dry_run: bool,
     /// The body; null when there was none, or one that is too long or not JSON.
     pub body: Value,
 }
@@ -35,7 +37,7 @@ pub struct LoggedRequest {
 impl LoggedRequest {
     /// Whether it was to change something.
     pub fn is_write(&self) -> bool {
-        !matches!(self.verb.as_str(), "get" | "list" | "watch")
+        !self.dry_run && !matches!(self.verb.as_str(), "get" | "list" | "watch")
     }
 }
 
@@ -44,7 +46,7 @@ impl LoggedRequest {
 pub(super) struct RequestLog(Mutex<(u64, VecDeque<LoggedRequest>)>);
 
 impl RequestLog {
-    pub(super) fn add(&self, request: &Request, name: Option<&str>, body: &[u8]) {
+    pub(super) fn add(&self, request: &Request, name: Option<&str>, dry_run: bool, body: &[u8]) {
         let body = if body.len() > BODY_MAX { &[] } else { body };
         let mut log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (number, requests) = &mut *log;
@@ -58,6 +60,7 @@ impl RequestLog {
             resource: request.resource.to_owned(),
             name: name.map(str::to_owned),
             client: request.client,
+            dry_run,
             body: serde_json::from_slice(body).unwrap_or_default(),
         });
     }

@@ -9,6 +9,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::get;
 use tokio::task::JoinSet;
 
+use super::access::Access;
 use super::fault::Faults;
 use super::handler::{self, Shared};
 use super::log::RequestLog;
@@ -36,9 +37,10 @@ pub struct Server {
 
 impl Server {
     /// A server of this store, without faults.
-    pub fn new(store: Store) -> Self {
-        let (store, faults) = (Arc::new(store), Arc::new(Faults::new()));
-        Self { shared: Shared { store, faults, requests: Arc::new(RequestLog::default()) } }
+    pub fn new(store: Store, access: Access) -> Self {
+        let (store, faults, access) = (Arc::new(store), Arc::new(Faults::new()), Arc::new(access));
+        let requests = Arc::new(RequestLog::default());
+        Self { shared: Shared { store, faults, access, requests } }
     }
 
     /// Serves on all of these sockets, which may be in different network namespaces, until

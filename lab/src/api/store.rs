@@ -103,6 +103,22 @@ struct Inner {
     journal: Option<File>,
 }
 
+/// What a write has to pass, and whether it is for show.
+pub(super) struct Admission<'a> {
+    pub(super) judge: Judge<'a>,
+    pub(super) dry_run: bool,
+}
+
+/// Of the object as it is, if it is, and as it would be.
+type Judge<'a> = Box<dyn Fn(Option<&Value>, &Value) -> Result<(), ApiError> + 'a>;
+
+impl Admission<'_> {
+    /// Of what is there before the server starts.
+    fn anything() -> Self {
+        Self { judge: Box::new(|_, _| Ok(())), dry_run: false }
+    }
+}
+
 /// A consistent list and the revision it was taken at.
 pub(super) struct Listing {
     pub(super) revision: u64,
@@ -159,7 +175,9 @@ impl Store {
             let resource = super::resource::RESOURCES.iter().find(|r| r.kind == kind);
             resource
                 .ok_or_else(ApiError::unknown_path)
-                .and_then(|resource| self.create(resource, &namespace, object))
+                .and_then(|resource| {
+                    self.create(resource, &namespace, &Admission::anything(), object)
+                })
                 .map_err(|error| StoreError::Seed { kind, name, source: Box::new(error) })?;
         }
         Ok(())
@@ -185,6 +203,7 @@ impl Store {
         &self,
         resource: &Resource,
         namespace: &str,
+        admission: &Admission<'_>,
         object: Value,
     ) -> Result<Arc<Value>, ApiError> {
         let object = object::prepare_create(resource, namespace, object)?;
@@ -193,6 +212,10 @@ impl Store {
         let mut inner = self.lock();
         if inner.objects.contains_key(&key) {
             return Err(ApiError::already_exists(resource, &name));
+        }
+        (admission.judge)(None, &object)?;
+        if admission.dry_run {
+            return Ok(Arc::new(object));
         }
         self.commit(&mut inner, key, ChangeType::Added, object)
     }
@@ -203,6 +226,7 @@ impl Store {
         &self,
         (resource, namespace, name): (&Resource, &str, &str),
         subresource: Subresource,
+        admission: &Admission<'_>,
         change: impl FnOnce(&Value) -> Result<Value, ApiError>,
     ) -> Result<Arc<Value>, ApiError> {
         let key = Key::new(resource, namespace, name);
@@ -211,8 +235,12 @@ impl Store {
             return Err(ApiError::not_found(resource, name));
         };
         let new = object::prepare_update(resource, subresource, &old, change(&old)?)?;
+        (admission.judge)(Some(&old), &new)?;
         if new == *old {
             return Ok(old);
+        }
+        if admission.dry_run {
+            return Ok(Arc::new(new));
         }
         self.commit(&mut inner, key, ChangeType::Modified, new)
     }
@@ -360,7 +388,8 @@ mod tests {
             new["metadata"]["annotations"] = json!({"a": value});
             Ok(new)
         };
-        store.update((nodes(), "", name), Subresource::Main, change).unwrap()
+        let admission = Admission::anything();
+        store.update((nodes(), "", name), Subresource::Main, &admission, change).unwrap()
     }
 
     #[test]
