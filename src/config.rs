@@ -160,6 +160,16 @@ pub struct Options {
     )]
     pub cni_conf_dir: PathBuf,
 
+    /// Folder of the CNI plugins, to see which version of the specification they speak
+    #[arg(
+        long,
+        env = "GAMBESON_CNI_BIN_DIR",
+        value_name = "DIR",
+        default_value = "/opt/cni/bin",
+        hide_short_help = true
+    )]
+    pub cni_bin_dir: PathBuf,
+
     /// This node's private keys; made at first start, never replaced
     #[arg(
         long,
@@ -259,6 +269,8 @@ pub struct Config {
     pub subnet_file: PathBuf,
     /// Folder of the CNI configuration list.
     pub cni_conf_dir: PathBuf,
+    /// Folder of the CNI plugins.
+    pub cni_bin_dir: PathBuf,
     /// Private keys.
     pub key_file: PathBuf,
     /// Where to serve health and metrics, if at all.
@@ -323,6 +335,7 @@ impl Options {
         for (option, path) in [
             ("--subnet-file", &self.subnet_file),
             ("--cni-conf-dir", &self.cni_conf_dir),
+            ("--cni-bin-dir", &self.cni_bin_dir),
             ("--key-file", &self.key_file),
             ("--socket", &self.socket),
             ("--proc-sys", &self.proc_sys),
@@ -345,6 +358,7 @@ impl Options {
             forward_rules: self.iptables_forward_rules,
             subnet_file: self.subnet_file,
             cni_conf_dir: self.cni_conf_dir,
+            cni_bin_dir: self.cni_bin_dir,
             key_file: self.key_file,
             healthz: (self.healthz_port != 0)
                 .then(|| SocketAddr::new(healthz_ip, self.healthz_port)),

@@ -85,10 +85,17 @@ impl Node {
         );
         let node = Self { netns: Netns::new(), folder: tempfile::tempdir().unwrap() };
         fs::write(node.path("subnet.env"), subnet_env).unwrap();
+        fs::create_dir(node.path("run")).unwrap();
         for name in ["gambeson-cni", "flannel"] {
             symlink(GAMBESON, node.path(name)).unwrap();
         }
+        node.nft("add table inet gambeson; add chain inet gambeson guard_out");
         node
+    }
+
+    fn nft(&self, script: &str) {
+        let output = self.netns.command("nft").arg(script).output().unwrap();
+        assert!(output.status.success(), "nft {script}: {output:?}");
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -102,6 +109,7 @@ impl Node {
             "type": "gambeson-cni",
             "subnetFile": self.path("subnet.env"),
             "dataDir": self.path("data"),
+            "runDir": self.path("run"),
             "ipam": { "dataDir": self.path("ipam") },
             "delegate": { "hairpinMode": true, "isDefaultGateway": true },
         })
@@ -188,6 +196,99 @@ fn mtu(netns: &Netns, link: &str) -> u64 {
 
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().permissions().mode() & 0o7777
+}
+
+/// Whatever starts a pod before the agent is there gets no network for it.
+#[test]
+fn no_pod_gets_a_network_before_the_guard_is_in_place() {
+    let (node, pod) = (Node::new(IPV4), Netns::new());
+    let mut conf = node.conf();
+    conf["cniVersion"] = "1.1.0".into();
+    assert_eq!(node.call("STATUS", &pod, &conf), Ok(Value::Null));
+    for take_away in
+        ["flush ruleset", "add table inet gambeson", "add chain inet gambeson guard_in"]
+    {
+        node.nft(take_away);
+        let error = node.call("STATUS", &pod, &conf).unwrap_err();
+        assert_eq!(error["code"], 50, "{error}");
+        assert!(error["msg"].as_str().unwrap().contains("guard is not in place"), "{error}");
+        let error = node.call("ADD", &pod, &node.conf()).unwrap_err();
+        assert_eq!(error["code"], 11, "{error}");
+        assert!(error["msg"].as_str().unwrap().contains("gambeson status"), "{error}");
+        assert!(!node.saved().exists() && node.leases().is_empty());
+    }
+    // It is waited for a little: what somebody takes away is back within a second.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(Duration::from_millis(700));
+            node.nft("add chain inet gambeson guard_out");
+        });
+        node.call("ADD", &pod, &node.conf()).unwrap();
+    });
+    assert_eq!(node.call("STATUS", &pod, &conf), Ok(Value::Null));
+    fs::remove_file(node.path("subnet.env")).unwrap();
+    let error = node.call("STATUS", &pod, &conf).unwrap_err();
+    assert_eq!(error["code"], 50, "{error}");
+    assert!(error["msg"].as_str().unwrap().contains("subnet.env"), "{error}");
+    let error = node.call("STATUS", &pod, &node.conf()).unwrap_err();
+    assert_eq!(error["code"], 1, "STATUS in 1.0.0: {error}");
+}
+
+/// A reboot ends pods that nobody deletes: their leases must not use up the subnet.
+#[test]
+fn leases_from_before_a_boot_are_forgotten() {
+    let (node, pod) = (Node::new(DUAL), Netns::new());
+    node.call("ADD", &pod, &node.conf()).unwrap();
+    assert_eq!(node.leases().len(), 2);
+    // Once in a boot, and never while the bridge may have pods.
+    let other = Netns::new();
+    let add = |id: &str, netns: &Netns| {
+        let call =
+            Call { command: "ADD", container_id: id, interface: "eth0", netns: &netns.path() };
+        let conf = node.conf().to_string();
+        outcome(&node.run(&node.path("gambeson-cni"), &call, conf.as_bytes())).unwrap();
+    };
+    add("second", &other);
+    assert_eq!(node.leases().len(), 4);
+    fs::remove_dir_all(node.path("run")).unwrap();
+    fs::create_dir(node.path("run")).unwrap();
+    add("third", &Netns::new());
+    assert_eq!(node.leases().len(), 6);
+
+    fs::remove_dir_all(node.path("run")).unwrap();
+    fs::create_dir(node.path("run")).unwrap();
+    assert!(node.netns.command("ip").args(["link", "delete", "cni0"]).status().unwrap().success());
+    add("fourth", &Netns::new());
+    assert_eq!(node.leases().len(), 2, "{:?}", node.leases());
+    // The DEL of a pod that is gone comes late, and does no harm.
+    node.call("DEL", &pod, &node.conf()).unwrap();
+    assert_eq!(node.leases().len(), 2);
+}
+
+/// What the runtime does not know any more is deleted, and nothing else.
+#[test]
+fn gc_deletes_what_the_runtime_has_forgotten() {
+    let node = Node::new(IPV4);
+    let pods: Vec<_> = (0..3).map(|_| Netns::new()).collect();
+    let mut conf = node.conf();
+    for (id, pod) in ["a", "b", "c"].into_iter().zip(&pods) {
+        let call = Call { command: "ADD", container_id: id, interface: "eth0", netns: &pod.path() };
+        outcome(&node.run(&node.path("gambeson-cni"), &call, conf.to_string().as_bytes())).unwrap();
+    }
+    // Of another network, which has a GC of its own.
+    let other = json!({ "type": "bridge", "name": "other" }).to_string();
+    fs::write(node.path("data/foreign"), other).unwrap();
+    conf["cniVersion"] = "1.1.0".into();
+    let error = node.call("GC", &pods[0], &conf).unwrap_err();
+    assert!(error["msg"].as_str().unwrap().contains("cni.dev/valid-attachments"), "{error}");
+    assert_eq!(node.leases().len(), 3);
+    conf["cni.dev/valid-attachments"] = json!([{ "containerID": "b", "ifname": "eth0" }]);
+    assert_eq!(node.call("GC", &pods[0], &conf), Ok(Value::Null));
+    assert_eq!(node.leases().len(), 1);
+    let left = fs::read_dir(node.path("data")).unwrap();
+    let mut left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["b", "b:eth0", "foreign"]);
 }
 
 /// Several networks of one pod, as Multus attaches them.
@@ -364,7 +465,7 @@ fn hostile_calls_get_a_cni_error() {
     let conf = node.conf().to_string();
     let outside = node.path("outside");
     fs::write(&outside, "{}").unwrap();
-    for command in ["ADD", "CHECK", "DEL", "GC", "add", ""] {
+    for command in ["ADD", "CHECK", "DEL", "gc", "add", ""] {
         for container_id in ["../outside", "/etc/passwd", "..", "", "a b"] {
             let call = Call { command, container_id, interface: "eth0", netns: &outside };
             let output = node.run(&plugin, &call, conf.as_bytes());

@@ -6,6 +6,7 @@ mod admission;
 mod agent;
 mod api;
 mod apply;
+mod boot;
 mod chaos;
 mod chart;
 mod cni;

@@ -367,7 +367,7 @@ fn a_foreign_device_with_our_name_is_refused_and_left_alone() {
         "--cluster-cidr",
         "10.244.0.0/16",
         "--cni-conf-dir",
-        "/run/cni/net.d",
+        "/var/lib/lab/cni/net.d",
         "--wireguard",
         "userspace",
     ];

@@ -26,7 +26,14 @@ fn agent(node: Node<'_>, wrapper: &[&str], arguments: &[&str]) -> Output {
     let name = format!("NODE_NAME={}", node.name());
     let mut command = vec!["timeout", "20", "env", &name];
     command.extend(wrapper);
-    command.extend([GAMBESON, "agent", "--cni-conf-dir", "/run/cni/net.d", "--iface", "eth0"]);
+    command.extend([
+        GAMBESON,
+        "agent",
+        "--cni-conf-dir",
+        "/var/lib/lab/cni/net.d",
+        "--iface",
+        "eth0",
+    ]);
     for (option, value) in [
         ("--kubeconfig", "/run/gambeson/kubeconfig"),
         ("--cluster-cidr", "10.244.0.0/16"),
@@ -57,7 +64,7 @@ fn shell(node: Node<'_>, script: &str) -> String {
 }
 
 fn cni_configuration(node: Node<'_>) -> Vec<PathBuf> {
-    let folder = node.host_path(Path::new("/run/cni/net.d"));
+    let folder = node.host_path(Path::new("/var/lib/lab/cni/net.d"));
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
@@ -230,9 +237,9 @@ fn without_a_pod_cidr_it_waits_and_says_so() {
 fn another_bridge_is_told_to_the_cni_plugin() {
     let lab = lab();
     let node = lab.node("node-1").unwrap();
-    let file = "/run/cni/net.d/10-flannel.conflist";
+    let file = "/var/lib/lab/cni/net.d/10-flannel.conflist";
     let own = r#"{"name":"cbr0","plugins":[{"type":"flannel","delegate":{"vlan":7}}]}"#;
-    shell(node, &format!("mkdir -p /run/cni/net.d; echo '{own}' > {file}"));
+    shell(node, &format!("mkdir -p /var/lib/lab/cni/net.d; echo '{own}' > {file}"));
     agent(node, &["timeout", "3"], &["--bridge", "br7"]);
     let written: serde_json::Value =
         serde_json::from_str(&shell(node, &format!("cat {file}"))).unwrap();

@@ -87,6 +87,13 @@ enum LabCommand {
         /// node-1, ...
         node: String,
     },
+    /// Switch a node off and on, then start its agent and its pods
+    ///
+    /// Its processes, interfaces, firewall and /run are gone in between; /etc and /var/lib stay.
+    Reboot {
+        /// node-1, ...
+        node: String,
+    },
     /// Remove the lab and everything in it
     Down,
     /// Serve the lab's Nodes
@@ -182,6 +189,19 @@ fn run(cli: Cli) -> Result<(), Failure> {
             let pid =
                 node.agent().map_or_else(|| "ended".to_owned(), |agent| agent.pid.to_string());
             eprintln!("the agent of {} is started: {pid}", node.name());
+            Ok(())
+        }
+        LabCommand::Reboot { node } => {
+            let lab = Lab::open(&name)?;
+            let node = lab.node(&node)?;
+            let progress = Progress::on_stderr();
+            progress.step(format!("rebooting {}", node.name()));
+            node.reboot()?;
+            node.start_agent()?;
+            node.attach_pods()?;
+            node.wait_for_mesh()?;
+            progress.done();
+            eprintln!("{} is back", node.name());
             Ok(())
         }
         LabCommand::Down => {

@@ -235,7 +235,10 @@ impl Lab {
         write_atomically(&on_host(KUBECONFIG), kubeconfig.as_bytes())?;
         // The plugin is known by its file name alone.
         let plugin = on_host(BIN_DIR).join("gambeson-cni");
-        symlink(&self.options.binary, &plugin).map_err(file_error("make", &plugin))
+        match symlink(&self.options.binary, &plugin) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            linked => linked.map_err(file_error("make", &plugin)),
+        }
     }
 
     /// Changes the state and writes it down.
@@ -278,7 +281,7 @@ impl Drop for Lab {
 
 impl Node<'_> {
     /// Waits for the CNI configuration of the node and attaches its pods.
-    fn attach_pods(&self) -> Result<(), LabError> {
+    pub fn attach_pods(&self) -> Result<(), LabError> {
         let configuration = self.wait_for_cni()?;
         let ready = json!({ "status": { "conditions": [
             { "type": "Ready", "status": "True", "reason": "KubeletReady",
@@ -286,22 +289,59 @@ impl Node<'_> {
               "lastHeartbeatTime": timestamp(), "lastTransitionTime": timestamp() },
         ] } });
         for pod in self.pods() {
-            let netns = pod.environment().netns().clone();
-            let attached: PodState = configuration.add(&self.environment(), &netns)?;
-            self.lab.change(|state| {
-                state.pods.insert(pod.name(), attached);
-            })?;
+            self.attach(&configuration, pod)?;
         }
         self.lab.api()?.patch_status(&self.name(), Patch::Strategic, &ready).map(|_| ())
     }
 
+    /// Attaches one pod with this configuration.
+    pub fn attach(&self, configuration: &ConfList, pod: Pod<'_>) -> Result<(), LabError> {
+        let netns = pod.environment().netns().clone();
+        let attached: PodState = configuration.add(&self.environment(), &netns)?;
+        self.lab.change(|state| {
+            state.pods.insert(pod.name(), attached);
+        })
+    }
+
+    /// As a machine that is switched off and on: processes, interfaces, the firewall and `/run`
+    /// are gone, `/etc` and `/var/lib` are there. Nothing is started.
+    pub fn reboot(&self) -> Result<(), LabError> {
+        let pods: Vec<_> = self.pods().iter().map(|pod| pod.netns()).collect();
+        let all = [&[self.netns()][..], &pods].concat();
+        let identities: Vec<_> = all.iter().filter_map(Netns::identity).collect();
+        loop {
+            let processes = process::in_namespaces(&identities);
+            if processes.is_empty() {
+                break;
+            }
+            end(&processes, Signal::SIGKILL, "a process of the node")?;
+        }
+        for netns in &all {
+            teardown::remove_netns(&netns.path())?;
+        }
+        self.lab.change(|state| {
+            state.agents.remove(&self.name());
+            self.pods().iter().for_each(|pod| _ = state.pods.remove(&pod.name()));
+        })?;
+        let run = self.host_path(Path::new("/run"));
+        fs::remove_dir_all(&run).map_err(file_error("empty", &run))?;
+        self.lab.make_node_folder(self.index())?;
+        self.give_token(Some(&self.name()), TOKEN_LIFETIME)?;
+        network::build_node(&self.lab.options, self.index())
+    }
+
+    /// Waits until there is a path to every other node.
+    pub fn wait_for_mesh(&self) -> Result<(), LabError> {
+        self.wait_for_paths(PATH_TIMEOUT)
+    }
+
     fn wait_for_cni(&self) -> Result<ConfList, LabError> {
-        let folder = self.host_path(Path::new(CONF_DIR));
+        let environment = self.environment();
         let found = until(Instant::now() + READY_TIMEOUT, || {
             if INTERRUPTED.load(Ordering::Relaxed) {
                 return Some(Err(LabError::Interrupted));
             }
-            match ConfList::first_in(&folder).transpose() {
+            match ConfList::first_on(&environment).transpose() {
                 None if self.agent().is_none() => {
                     let log = self.folder().join(AGENT_LOG);
                     Some(Err(daemon::died(&format!("the agent of {}", self.name()), &log)))

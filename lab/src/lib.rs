@@ -43,5 +43,5 @@ pub use options::{Family, LabName, Options, OptionsError, WireguardMode, Wiregua
 pub use process::ProcessId;
 pub use progress::Progress;
 pub use report::paint;
-pub use runtime::ConfList;
+pub use runtime::{BIN_DIR, CONF_DIR, ConfList};
 pub use status::{LabStatus, NodeStatus, PodStatus};

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{self, Write};
+use std::iter;
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -19,14 +20,7 @@ const BRIDGE: &str = "br0";
 
 /// Makes all namespaces and the underlay between them.
 pub(super) fn build(options: &Options) -> Result<(), LabError> {
-    let names = options.netns_names();
-    ip(None, names.iter().map(|name| format!("netns add {name}")))?;
-    for name in &names {
-        Netns::named(name).run(settle)?.map_err(|source| LabError::Measure {
-            what: format!("change kernel settings of the namespace {name}"),
-            source,
-        })?;
-    }
+    make_namespaces(&options.netns_names())?;
     let hub = hub_netns(&options.name);
     ip(Some(&hub), hub_lines(options))?;
     if options.routed {
@@ -35,11 +29,36 @@ pub(super) fn build(options: &Options) -> Result<(), LabError> {
             source,
         })?;
     }
-    for node in options.node_indices() {
-        ip(Some(&node.netns(&options.name)), node_lines(options, node))?;
-        for pod in options.pod_indices(node) {
-            ip(Some(&pod.netns(&options.name)), ["link set lo up".to_owned()])?;
-        }
+    options.node_indices().try_for_each(|node| configure_node(options, node))
+}
+
+/// Makes the namespaces of one node and its pods again, and its cable.
+pub(super) fn build_node(options: &Options, node: NodeIndex) -> Result<(), LabError> {
+    let pods = options.pod_indices(node).map(|pod| pod.netns(&options.name));
+    let names: Vec<String> = iter::once(node.netns(&options.name)).chain(pods).collect();
+    make_namespaces(&names)?;
+    let hub = hub_netns(&options.name);
+    // Of the old cable, which goes with the old namespace, but only some time later.
+    let _ = ip(Some(&hub), [format!("link delete {}", hub_port(node))]);
+    ip(Some(&hub), cable_lines(options, node))?;
+    configure_node(options, node)
+}
+
+fn make_namespaces(names: &[String]) -> Result<(), LabError> {
+    ip(None, names.iter().map(|name| format!("netns add {name}")))?;
+    for name in names {
+        Netns::named(name).run(settle)?.map_err(|source| LabError::Measure {
+            what: format!("change kernel settings of the namespace {name}"),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn configure_node(options: &Options, node: NodeIndex) -> Result<(), LabError> {
+    ip(Some(&node.netns(&options.name)), node_lines(options, node))?;
+    for pod in options.pod_indices(node) {
+        ip(Some(&pod.netns(&options.name)), ["link set lo up".to_owned()])?;
     }
     Ok(())
 }
@@ -60,20 +79,23 @@ fn hub_lines(options: &Options) -> Vec<String> {
         lines.extend(addresses.iter().map(|address| add_address(address, BRIDGE)));
         lines.push(format!("link set {BRIDGE} up"));
     }
-    for node in options.node_indices() {
-        let (port, netns) = (hub_port(node), node.netns(&options.name));
-        lines.push(format!(
-            "link add {port} mtu {mtu} type veth peer name {UNDERLAY_INTERFACE} mtu {mtu} \
-             netns {netns}"
-        ));
-        if options.routed {
-            let addresses = options.gateway_addresses(node);
-            lines.extend(addresses.iter().map(|address| add_address(address, &port)));
-        } else {
-            lines.push(format!("link set {port} master {BRIDGE}"));
-        }
-        lines.push(format!("link set {port} up"));
+    lines.extend(options.node_indices().flat_map(|node| cable_lines(options, node)));
+    lines
+}
+
+fn cable_lines(options: &Options, node: NodeIndex) -> Vec<String> {
+    let mtu = options.underlay_mtu;
+    let (port, netns) = (hub_port(node), node.netns(&options.name));
+    let mut lines = vec![format!(
+        "link add {port} mtu {mtu} type veth peer name {UNDERLAY_INTERFACE} mtu {mtu} netns {netns}"
+    )];
+    if options.routed {
+        let addresses = options.gateway_addresses(node);
+        lines.extend(addresses.iter().map(|address| add_address(address, &port)));
+    } else {
+        lines.push(format!("link set {port} master {BRIDGE}"));
     }
+    lines.push(format!("link set {port} up"));
     lines
 }
 

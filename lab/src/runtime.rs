@@ -2,7 +2,7 @@
 //! executed plugin by plugin, each with the result of the one before.
 
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -15,12 +15,12 @@ use super::netns::{Environment, Netns};
 use super::network::ip_json;
 use super::state::PodState;
 
-/// Where a node's own plugins are, as seen on the node.
-pub(super) const BIN_DIR: &str = "/run/cni/bin";
+/// Where a node's own plugins are, as seen on the node. As `/opt` it outlives a boot.
+pub const BIN_DIR: &str = "/var/lib/lab/cni/bin";
 /// Where the reference plugins are.
 pub(super) const REFERENCE_PLUGINS: &str = "/usr/lib/cni";
-/// Where a node's CNI configuration is, as seen on the node.
-pub(super) const CONF_DIR: &str = "/run/cni/net.d";
+/// Where a node's CNI configuration is, as seen on the node. As `/etc` it outlives a boot.
+pub const CONF_DIR: &str = "/var/lib/lab/cni/net.d";
 
 /// A configuration list, as it lies in a CNI configuration folder.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,9 +30,10 @@ pub struct ConfList {
 }
 
 impl ConfList {
-    /// The first list of a folder in alphabetical order, as runtimes choose it. `None` when
-    /// there is none yet.
-    pub fn first_in(folder: &Path) -> Result<Option<Self>, LabError> {
+    /// The first list of the node in alphabetical order, as runtimes choose it. `None` when
+    /// there is none yet, or one that leads nowhere.
+    pub fn first_on(node: &Environment) -> Result<Option<Self>, LabError> {
+        let folder = node.host_path(Path::new(CONF_DIR));
         let Ok(entries) = fs::read_dir(folder) else { return Ok(None) };
         let mut paths: Vec<PathBuf> = entries
             .flatten()
@@ -41,7 +42,12 @@ impl ConfList {
             .collect();
         paths.sort();
         let Some(path) = paths.into_iter().next() else { return Ok(None) };
-        let bytes = fs::read(&path).map_err(file_error("read", &path))?;
+        // Where it leads to on the node.
+        let path = fs::read_link(&path).map_or(path, |target| node.host_path(&target));
+        let bytes = match fs::read(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            read => read.map_err(file_error("read", &path))?,
+        };
         let document = serde_json::from_slice(&bytes).map_err(|error| {
             LabError::CniConfiguration { path: path.clone(), reason: error.to_string() }
         })?;

@@ -15,7 +15,7 @@ use super::netns::Netns;
 use super::options::{LabName, Options};
 use super::process::{self, ProcessId};
 use super::progress::Progress;
-use super::runtime::{CONF_DIR, ConfList};
+use super::runtime::ConfList;
 use super::state::State;
 use super::{daemon, instance};
 
@@ -100,8 +100,7 @@ fn detach_pods(state: &State) {
     let nodes = options.node_indices().collect();
     let _ = instance::in_parallel(nodes, |node| -> Result<(), ()> {
         let environment = daemon::environment(options, node);
-        let folder = environment.host_path(Path::new(CONF_DIR));
-        let Ok(Some(configuration)) = ConfList::first_in(&folder) else { return Ok(()) };
+        let Ok(Some(configuration)) = ConfList::first_on(&environment) else { return Ok(()) };
         for pod in options.pod_indices(node) {
             if state.pods.contains_key(&pod.name()) {
                 let netns = Netns::named(pod.netns(&options.name));
@@ -113,7 +112,7 @@ fn detach_pods(state: &State) {
 }
 
 /// The namespace itself goes with the last process in it.
-fn remove_netns(path: &Path) -> Result<(), LabError> {
+pub(super) fn remove_netns(path: &Path) -> Result<(), LabError> {
     // A crash between making the file and mounting the namespace on it leaves a plain file.
     let _ = umount2(path, MntFlags::MNT_DETACH);
     match fs::remove_file(path) {

@@ -2,6 +2,7 @@
 //! to the difference, to the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
@@ -20,7 +21,8 @@ use super::words::{self, chain, describe};
 use super::{AgentError, overlap, preflight};
 use crate::apply::{ApplyError, Kernel};
 use crate::cluster::{NodeStore, Publication};
-use crate::cni::install::write_conflist;
+use crate::cni::link::Places;
+use crate::cni::versions::OLDEST;
 use crate::config::{Config, WireGuardMode};
 use crate::subnet_env::SubnetEnv;
 use crate::underlay::{self, Families, Underlay};
@@ -33,6 +35,9 @@ const NO_LIST: &str = "the list of Nodes from the API server";
 pub(super) struct Reconciler {
     config: Config,
     kernel: Kernel,
+    /// Of the CNI configuration, and the version of the specification that it is in.
+    places: Places,
+    cni_version: &'static str,
     key_store: KeyStore,
     keys: Option<KeyRing>,
     implementation: Option<Implementation>,
@@ -87,9 +92,17 @@ struct Inputs {
 impl Reconciler {
     pub(super) fn new(config: Config, kernel: Kernel) -> Self {
         let key_store = KeyStore::at(&config.key_file);
+        let folder = |file: &Path| file.parent().unwrap_or(file).to_owned();
+        let places = Places {
+            conf_dir: config.cni_conf_dir.clone(),
+            run_dir: folder(&config.socket),
+            state_dir: folder(&config.key_file),
+        };
         Self {
             config,
             kernel,
+            places,
+            cni_version: OLDEST,
             key_store,
             keys: None,
             implementation: None,
@@ -119,6 +132,11 @@ impl Reconciler {
     pub(super) fn load_keys(&mut self) -> Result<(), AgentError> {
         self.keys = self.key_store.load()?;
         Ok(())
+    }
+
+    /// Takes in which version of the CNI specification the plugins of this node speak.
+    pub(super) fn set_cni_version(&mut self, version: &'static str) {
+        self.cni_version = version;
     }
 
     /// Packets that the guard stopped, if it can be asked.
@@ -504,9 +522,10 @@ impl Reconciler {
             return;
         }
         let handed = self.write_subnet_env(local).and_then(|()| {
-            let dir = &self.config.cni_conf_dir;
-            if write_conflist(dir, &self.config.bridge).map_err(|error| chain(&error))? {
-                info!(folder = %dir.display(), "wrote the CNI configuration");
+            let places = &self.places;
+            let changed = places.hand_over(&self.config.bridge, self.cni_version);
+            if changed.map_err(|error| chain(&error))? {
+                info!(folder = %places.conf_dir.display(), "wrote the CNI configuration");
             }
             Ok(())
         });

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::environment::{IDENTIFIER, is_identifier};
-use super::{CniError, SUPPORTED_VERSIONS};
+use super::{CniError, DEFAULT_BRIDGE, SUPPORTED_VERSIONS};
 use crate::subnet_env::{self, SubnetEnv};
 
 /// Where Flannel's plugin keeps its delegates' configurations, and so do we: pods that one of
@@ -15,6 +15,11 @@ const DEFAULT_DATA_DIR: &str = "/var/lib/cni/flannel";
 /// What the specification has for a configuration without a version.
 const IMPLIED_VERSION: &str = "0.1.0";
 const FIRST_VERSION_WITH_CHECK: &str = "0.4.0";
+/// Where the agent has what is gone after a boot.
+const DEFAULT_RUN_DIR: &str = "/run/gambeson";
+/// Where host-local keeps its leases.
+const DEFAULT_LEASES_DIR: &str = "/var/lib/cni/networks";
+const FIRST_VERSION_WITH_STATUS: &str = "1.1.0";
 const DEFAULT_DELEGATE: &str = "bridge";
 const DEFAULT_IPAM: &str = "host-local";
 
@@ -26,6 +31,9 @@ pub(super) struct NetConf {
     name: Option<String>,
     subnet_file: Option<PathBuf>,
     data_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    #[serde(rename = "cni.dev/valid-attachments")]
+    valid_attachments: Option<Vec<Attachment>>,
     delegate: Option<Map<String, Value>>,
     runtime_config: Option<Map<String, Value>>,
     ipam: Option<Map<String, Value>>,
@@ -53,11 +61,32 @@ impl NetConf {
 
     /// Fails unless the version has CHECK.
     pub(super) fn require_check(&self) -> Result<(), CniError> {
+        self.require("CHECK", FIRST_VERSION_WITH_CHECK)
+    }
+
+    /// Fails unless the version has STATUS and GC.
+    pub(super) fn require_status(&self, command: &'static str) -> Result<(), CniError> {
+        self.require(command, FIRST_VERSION_WITH_STATUS)
+    }
+
+    fn require(&self, command: &'static str, first: &'static str) -> Result<(), CniError> {
         let order = |version| SUPPORTED_VERSIONS.iter().position(|known| *known == version);
-        if order(self.version()) < order(FIRST_VERSION_WITH_CHECK) {
-            return Err(CniError::CheckNotInVersion(self.version().to_owned()));
+        if order(self.version()) < order(first) {
+            let version = self.version().to_owned();
+            return Err(CniError::NotInVersion { command, version, first });
         }
         Ok(())
+    }
+
+    /// The attachments that GC leaves alone; without the list it would take away all.
+    pub(super) fn valid_attachments(&self) -> Result<&[Attachment], CniError> {
+        self.valid_attachments.as_deref().ok_or_else(|| {
+            CniError::Config("GC needs \"cni.dev/valid-attachments\", a list".to_owned())
+        })
+    }
+
+    pub(super) fn run_dir(&self) -> PathBuf {
+        path_or(&self.run_dir, DEFAULT_RUN_DIR)
     }
 
     pub(super) fn subnet_file(&self) -> PathBuf {
@@ -111,7 +140,7 @@ impl NetConf {
         Ok(Delegate { plugin, conf })
     }
 
-    fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         self.name.as_deref().unwrap_or_default()
     }
 
@@ -138,6 +167,15 @@ impl NetConf {
     }
 }
 
+/// One interface of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub(super) struct Attachment {
+    #[serde(rename = "containerID")]
+    pub(super) container_id: String,
+    #[serde(rename = "ifname")]
+    pub(super) interface: String,
+}
+
 /// What the delegate is told, and who it is.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Delegate {
@@ -150,6 +188,24 @@ impl Delegate {
     pub(super) fn from_bytes(bytes: &[u8]) -> Result<Self, CniError> {
         let conf = serde_json::from_slice(bytes).map_err(CniError::Decode)?;
         Ok(Self { plugin: plugin_name(&conf)?, conf })
+    }
+
+    /// Name of the network that the container was attached to.
+    pub(super) fn network(&self) -> &str {
+        self.conf.get("name").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The bridge that the reference plugin attaches to.
+    pub(super) fn bridge(&self) -> &str {
+        self.conf.get("bridge").and_then(Value::as_str).unwrap_or(DEFAULT_BRIDGE)
+    }
+
+    /// Where host-local keeps the leases of this network.
+    pub(super) fn leases_dir(&self) -> PathBuf {
+        let ipam = self.conf.get("ipam");
+        let folder = ipam.and_then(|ipam| ipam.get("dataDir")).and_then(Value::as_str);
+        let folder = folder.filter(|folder| !folder.is_empty()).unwrap_or(DEFAULT_LEASES_DIR);
+        PathBuf::from(folder).join(self.network())
     }
 
     pub(super) fn to_bytes(&self) -> Vec<u8> {
@@ -275,7 +331,7 @@ mod tests {
             (json!({ "name": "n", "ipam": { "routes": [{ "dst": 1 }] } }), 7, "ipam.routes"),
             (json!({ "name": "../n" }), 7, "\"name\""),
             (json!({}), 7, "\"name\""),
-            (json!({ "name": "n", "cniVersion": "1.1.0" }), 1, "1.1.0"),
+            (json!({ "name": "n", "cniVersion": "1.2.0" }), 1, "1.2.0"),
             (json!({ "name": "n", "cniVersion": 1 }), 6, "standard input"),
             (json!([]), 6, "standard input"),
         ] {

@@ -33,11 +33,17 @@ pub(super) const DEFAULT: &str = r#"{
 "#;
 
 /// What the file should hold, given what it holds. Everything that an operator has added to a
-/// configuration with our plugin, or Flannel's, stays; anything else is replaced.
+/// configuration with our plugin, or Flannel's, stays; anything else is replaced. In a
+/// configuration to which nobody has added anything, the version of the CNI specification is
+/// `version`.
 ///
 /// # Errors
 /// What is in it that cannot work with pods on `bridge`, the only link the guard trusts.
-pub(super) fn wanted(present: Option<&[u8]>, bridge: &str) -> Result<Vec<u8>, String> {
+pub(super) fn wanted(
+    present: Option<&[u8]>,
+    bridge: &str,
+    version: &str,
+) -> Result<Vec<u8>, String> {
     let present = present.unwrap_or_default();
     let parsed = serde_json::from_slice(present).ok().filter(|list| plugin_in(list).is_some());
     let (before, bytes) = match parsed {
@@ -48,10 +54,23 @@ pub(super) fn wanted(present: Option<&[u8]>, bridge: &str) -> Result<Vec<u8>, St
     let plugin = plugin_in(&list).and_then(|index| list["plugins"][index].as_object_mut());
     let Some(plugin) = plugin else { return Ok(bytes.to_vec()) };
     adjust(plugin, bridge)?;
+    if is_default(&list, bridge) {
+        list["cniVersion"] = version.into();
+    }
     if list == before {
         return Ok(bytes.to_vec());
     }
     Ok(format!("{list:#}\n").into_bytes())
+}
+
+/// Whether it is ours for this bridge, but for the version.
+fn is_default(list: &Value, bridge: &str) -> bool {
+    let mut default: Value = serde_json::from_str(DEFAULT).unwrap_or_default();
+    if bridge != DEFAULT_BRIDGE {
+        default["plugins"][0]["delegate"]["bridge"] = bridge.into();
+    }
+    default["cniVersion"] = list["cniVersion"].clone();
+    *list == default
 }
 
 /// Where our plugin, or Flannel's, is in the list.
@@ -97,14 +116,14 @@ mod tests {
     use super::*;
 
     fn merge(present: &Value, bridge: &str) -> Result<Value, String> {
-        let bytes = wanted(Some(present.to_string().as_bytes()), bridge)?;
+        let bytes = wanted(Some(present.to_string().as_bytes()), bridge, "0.3.1")?;
         Ok(serde_json::from_slice(&bytes).unwrap())
     }
 
     #[test]
     fn without_a_file_there_is_the_default_with_the_bridge() {
-        assert_eq!(wanted(None, DEFAULT_BRIDGE).unwrap(), DEFAULT.as_bytes());
-        let named: Value = serde_json::from_slice(&wanted(None, "br7").unwrap()).unwrap();
+        assert_eq!(wanted(None, DEFAULT_BRIDGE, "0.3.1").unwrap(), DEFAULT.as_bytes());
+        let named: Value = serde_json::from_slice(&wanted(None, "br7", "0.3.1").unwrap()).unwrap();
         let mut expected: Value = serde_json::from_str(DEFAULT).unwrap();
         expected["plugins"][0]["delegate"]["bridge"] = "br7".into();
         assert_eq!(named, expected);
@@ -127,13 +146,16 @@ mod tests {
         assert_eq!(merge(&own, "br7").unwrap(), expected);
         // What needs no change keeps its bytes.
         let text = format!("{expected}  \n\n");
-        assert_eq!(wanted(Some(text.as_bytes()), "br7").unwrap(), text.as_bytes());
+        assert_eq!(wanted(Some(text.as_bytes()), "br7", "0.3.1").unwrap(), text.as_bytes());
     }
 
     #[test]
     fn what_is_no_configuration_of_ours_is_replaced() {
         for other in ["", "{", "{}", "[]", "7", r#"{"name":"x","plugins":[{"type":"calico"}]}"#] {
-            assert_eq!(wanted(Some(other.as_bytes()), "cni0").unwrap(), DEFAULT.as_bytes());
+            assert_eq!(
+                wanted(Some(other.as_bytes()), "cni0", "0.3.1").unwrap(),
+                DEFAULT.as_bytes()
+            );
         }
     }
 

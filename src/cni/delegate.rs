@@ -24,6 +24,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 pub(super) struct Plugin {
     name: String,
     program: PathBuf,
+    /// For a container other than that of this process's environment.
+    container: Option<(String, String)>,
 }
 
 impl Plugin {
@@ -41,7 +43,12 @@ impl Plugin {
             let problem = format!("\"delegate.type\" is {name:?}, the plugin itself");
             return Err(CniError::Config(problem));
         }
-        Ok(Self { name: name.to_owned(), program })
+        Ok(Self { name: name.to_owned(), program, container: None })
+    }
+
+    /// For this interface of this container, whose namespace is not known.
+    pub(super) fn for_container(self, id: &str, interface: &str) -> Self {
+        Self { container: Some((id.to_owned(), interface.to_owned())), ..self }
     }
 
     /// Attaches the container and gives the result as the delegate printed it.
@@ -65,14 +72,12 @@ impl Plugin {
 
     // The other CNI_ variables are inherited.
     fn run(&self, command: Command, conf: &[u8]) -> Result<Vec<u8>, CniError> {
-        let output = std::process::Command::new(&self.program)
-            .env("CNI_COMMAND", command.as_str())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
-            .process_group(0)
-            .spawn()
-            .and_then(|child| converse(child, conf, LIMIT))
+        let mut program = std::process::Command::new(&self.program);
+        if let Some((id, interface)) = &self.container {
+            program.env("CNI_CONTAINERID", id).env("CNI_IFNAME", interface).env_remove("CNI_NETNS");
+        }
+        program.env("CNI_COMMAND", command.as_str());
+        let output = run_for(&mut program, conf, LIMIT)
             .map_err(|source| CniError::DelegateRun { program: self.program.clone(), source })?;
         if output.status.success() {
             return Ok(output.stdout);
@@ -84,6 +89,21 @@ impl Plugin {
         });
         Err(CniError::Delegate { name: self.name.clone(), reported })
     }
+}
+
+/// Runs a plugin for no longer than `limit`, with this on its standard input.
+pub(super) fn run_for(
+    program: &mut std::process::Command,
+    input: &[u8],
+    limit: Duration,
+) -> io::Result<Output> {
+    let child = program
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .process_group(0)
+        .spawn()?;
+    converse(child, input, limit)
 }
 
 // Writes from a thread of its own: a delegate may print before it has read everything, and

@@ -20,6 +20,10 @@ pub enum Command {
     Check,
     /// Detach a container.
     Del,
+    /// Say whether pods can be attached.
+    Status,
+    /// Detach what is not attached any more.
+    Gc,
     /// Say which versions of the specification are spoken.
     Version,
 }
@@ -40,12 +44,16 @@ impl Command {
             Self::Add => "ADD",
             Self::Check => "CHECK",
             Self::Del => "DEL",
+            Self::Status => "STATUS",
+            Self::Gc => "GC",
             Self::Version => "VERSION",
         }
     }
 
     fn parse(word: &str) -> Option<Self> {
-        [Self::Add, Self::Check, Self::Del, Self::Version].into_iter().find(|c| c.as_str() == word)
+        [Self::Add, Self::Check, Self::Del, Self::Status, Self::Gc, Self::Version]
+            .into_iter()
+            .find(|c| c.as_str() == word)
     }
 
     // As the CNI library's skeleton has it: DEL works without the namespace.
@@ -53,6 +61,7 @@ impl Command {
         match self {
             Self::Add | Self::Check => &[CONTAINER_ID, NETNS, IFNAME, PATH],
             Self::Del => &[CONTAINER_ID, IFNAME, PATH],
+            Self::Status | Self::Gc => &[PATH],
             Self::Version => &[],
         }
     }
@@ -72,14 +81,14 @@ impl Environment {
         let command = word
             .to_str()
             .and_then(Command::parse)
-            .ok_or_else(|| invalid(COMMAND, &word, "ADD, CHECK, DEL or VERSION"))?;
+            .ok_or_else(|| invalid(COMMAND, &word, "ADD, CHECK, DEL, STATUS, GC or VERSION"))?;
         let missing: Vec<_> =
             command.required().iter().copied().filter(|name| variable(name).is_none()).collect();
         if !missing.is_empty() {
             return Err(CniError::MissingVariables(missing));
         }
         let (mut container_id, mut interface) = (String::new(), String::new());
-        if command != Command::Version {
+        if command.required().contains(&CONTAINER_ID) {
             container_id = text(CONTAINER_ID, variable(CONTAINER_ID), is_identifier, IDENTIFIER)?;
             interface = text(IFNAME, variable(IFNAME), is_interface_name, INTERFACE_NAME)?;
         }
@@ -173,7 +182,7 @@ mod tests {
     #[test]
     fn refuses_values_that_lead_elsewhere() {
         for (index, value) in [
-            (0, "GC"),
+            (0, "gc"),
             (0, "add"),
             (1, "../../etc/passwd"),
             (1, ".hidden"),

@@ -27,9 +27,37 @@ pub enum CniError {
     /// The configuration asks for another version of the specification.
     #[error("the configuration has cniVersion {0:?}, but the plugin speaks {versions}", versions = SUPPORTED_VERSIONS.join(", "))]
     IncompatibleVersion(String),
-    /// CHECK came with version 0.4.0 of the specification.
-    #[error("the configuration has cniVersion {0:?}, but CHECK needs 0.4.0 or later")]
-    CheckNotInVersion(String),
+    /// The command came with a later version of the specification.
+    #[error("the configuration has cniVersion {version:?}, but {command} needs {first} or later")]
+    NotInVersion {
+        /// The command.
+        command: &'static str,
+        /// The configuration's version.
+        version: String,
+        /// The version that has it.
+        first: &'static str,
+    },
+    /// The guard is not in the kernel.
+    #[error(
+        "the guard is not in place (table `inet gambeson`), so that no pod may start; the \
+         Gambeson agent of this node puts it there: see its log and `gambeson status`"
+    )]
+    NoGuard,
+    /// The kernel does not tell whether the guard is there.
+    #[error("cannot see whether the guard is in place, so that no pod may start")]
+    UnknownGuard(#[source] io::Error),
+    /// The saved configurations cannot be listed.
+    #[error("cannot list the delegates' saved configurations in {}", path.display())]
+    List {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// No pod can be attached.
+    #[error(transparent)]
+    Unavailable(Box<CniError>),
     /// Standard input cannot be read.
     #[error("cannot read the configuration from standard input")]
     Stdin(#[source] io::Error),
@@ -131,14 +159,22 @@ impl CniError {
     /// The error code, below 100 as the CNI specification has it.
     pub fn code(&self) -> u32 {
         match self {
-            Self::IncompatibleVersion(_) | Self::CheckNotInVersion(_) => 1,
+            Self::IncompatibleVersion(_) | Self::NotInVersion { .. } => 1,
             Self::UnknownContainer { .. } => 3,
             Self::MissingVariables(_) | Self::InvalidVariable { .. } => 4,
-            Self::Stdin(_) | Self::Save { .. } | Self::Load { .. } | Self::Remove { .. } => 5,
+            Self::Stdin(_)
+            | Self::Save { .. }
+            | Self::Load { .. }
+            | Self::List { .. }
+            | Self::Remove { .. } => 5,
             Self::Decode(_) => 6,
             Self::Config(_) => 7,
             // "Try again later": the agent is about to write it.
-            Self::SubnetEnv(SubnetEnvError::Missing { .. }) => 11,
+            Self::SubnetEnv(SubnetEnvError::Missing { .. })
+            | Self::NoGuard
+            | Self::UnknownGuard(_) => 11,
+            // "The plugin is not available", the answer of STATUS.
+            Self::Unavailable(_) => 50,
             Self::SubnetEnv(SubnetEnvError::Corrupt { .. }) => 6,
             Self::SubnetEnv(_) => 5,
             Self::Delegate { reported, .. } => reported.code,

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use super::conflist;
 pub use super::conflist::{FLANNEL_NAME, PLUGIN_NAME};
+use super::{conflist, versions};
 use crate::files;
 
 /// Where container runtimes look for CNI plugins.
@@ -22,7 +22,7 @@ pub const REFERENCE_PLUGINS: [&str; 5] = ["bridge", "host-local", "loopback", "p
 pub const CONFLIST_NAME: &str = "10-flannel.conflist";
 
 const BINARY_MODE: u32 = 0o755;
-const CONFLIST_MODE: u32 = 0o644;
+pub(super) const CONFLIST_MODE: u32 = 0o644;
 
 /// Why the plugin could not be installed.
 #[derive(Debug, Error)]
@@ -145,16 +145,17 @@ pub fn write_conflist(conf_dir: &Path, bridge: &str) -> Result<bool, InstallErro
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
         Err(error) => return Err(refuse(format!("cannot be read: {error}"))),
     };
-    let contents = conflist::wanted(present.as_deref(), bridge).map_err(refuse)?;
+    let contents =
+        conflist::wanted(present.as_deref(), bridge, versions::OLDEST).map_err(refuse)?;
     write(&path, &contents, CONFLIST_MODE)
 }
 
-fn make_directory(path: &Path) -> Result<(), InstallError> {
+pub(super) fn make_directory(path: &Path) -> Result<(), InstallError> {
     files::create_directory(path, 0o755)
         .map_err(|source| InstallError::Directory { path: path.to_owned(), source })
 }
 
-fn write(path: &Path, contents: &[u8], mode: u32) -> Result<bool, InstallError> {
+pub(super) fn write(path: &Path, contents: &[u8], mode: u32) -> Result<bool, InstallError> {
     if files::holds(path, contents, mode) {
         return Ok(false);
     }

@@ -3,10 +3,10 @@ use std::io::Read;
 use serde::Serialize;
 use serde_json::json;
 
-use super::config::{Delegate, NetConf};
+use super::config::{Attachment, Delegate, NetConf};
 use super::delegate::Plugin;
 use super::saved::Saved;
-use super::{CURRENT_VERSION, CniError, Command, Environment, SUPPORTED_VERSIONS};
+use super::{CURRENT_VERSION, CniError, Command, Environment, SUPPORTED_VERSIONS, boot, guard};
 use crate::subnet_env::SubnetEnv;
 
 /// No real configuration comes near it.
@@ -52,6 +52,8 @@ pub fn run(environment: &Environment, stdin: impl Read) -> Result<Vec<u8>, Error
         Command::Add => configured(environment, stdin, add),
         Command::Check => configured(environment, stdin, check),
         Command::Del => configured(environment, stdin, del),
+        Command::Status => configured(environment, stdin, status),
+        Command::Gc => configured(environment, stdin, gc),
     }
 }
 
@@ -63,19 +65,27 @@ fn versions() -> Vec<u8> {
 fn configured(
     environment: &Environment,
     stdin: impl Read,
-    command: fn(&Environment, &NetConf, &Saved) -> Result<Vec<u8>, CniError>,
+    command: fn(&Environment, &NetConf) -> Result<Vec<u8>, CniError>,
 ) -> Result<Vec<u8>, ErrorReport> {
     let mut bytes = Vec::new();
     stdin.take(LARGEST_CONFIGURATION).read_to_end(&mut bytes).map_err(CniError::Stdin)?;
     let conf = NetConf::parse(&bytes)?;
-    let saved = Saved::of(&conf.data_dir(), environment);
-    command(environment, &conf, &saved).map_err(|error| ErrorReport::new(conf.version(), &error))
+    command(environment, &conf).map_err(|error| ErrorReport::new(conf.version(), &error))
 }
 
-fn add(environment: &Environment, conf: &NetConf, saved: &Saved) -> Result<Vec<u8>, CniError> {
+fn saved(environment: &Environment, conf: &NetConf) -> Saved {
+    Saved::of(&conf.data_dir(), &environment.container_id, &environment.interface)
+}
+
+fn add(environment: &Environment, conf: &NetConf) -> Result<Vec<u8>, CniError> {
+    let saved = &saved(environment, conf);
     let env = SubnetEnv::read(&conf.subnet_file())?;
     let delegate = conf.delegate(&env)?;
     let plugin = Plugin::find(&delegate.plugin, &environment.path)?;
+    guard::require()?;
+    if let Err(error) = boot::forget_leases(&conf.run_dir(), &delegate) {
+        eprintln!("gambeson-cni: forgetting the leases from before the boot: {error}");
+    }
     let bytes = delegate.to_bytes();
     let before = saved.load()?;
     saved.store(&bytes)?;
@@ -95,7 +105,8 @@ fn undo_add(plugin: &Plugin, bytes: &[u8], saved: &Saved, before: Option<Vec<u8>
     }
 }
 
-fn check(environment: &Environment, conf: &NetConf, saved: &Saved) -> Result<Vec<u8>, CniError> {
+fn check(environment: &Environment, conf: &NetConf) -> Result<Vec<u8>, CniError> {
+    let saved = saved(environment, conf);
     conf.require_check()?;
     let bytes = saved.load()?.ok_or_else(|| CniError::UnknownContainer {
         id: environment.container_id.clone(),
@@ -106,7 +117,51 @@ fn check(environment: &Environment, conf: &NetConf, saved: &Saved) -> Result<Vec
     Ok(Vec::new())
 }
 
-fn del(environment: &Environment, _conf: &NetConf, saved: &Saved) -> Result<Vec<u8>, CniError> {
+/// Fails only where no pod may start: a node whose STATUS fails is NotReady.
+fn status(environment: &Environment, conf: &NetConf) -> Result<Vec<u8>, CniError> {
+    conf.require_status("STATUS")?;
+    let available = || {
+        let env = SubnetEnv::read(&conf.subnet_file())?;
+        Plugin::find(&conf.delegate(&env)?.plugin, &environment.path)?;
+        guard::require()
+    };
+    available().map(|()| Vec::new()).map_err(|error| CniError::Unavailable(Box::new(error)))
+}
+
+/// Deletes every attachment to this network that the runtime does not know any more.
+fn gc(environment: &Environment, conf: &NetConf) -> Result<Vec<u8>, CniError> {
+    conf.require_status("GC")?;
+    let valid = conf.valid_attachments()?;
+    let mut failed = None;
+    for (container_id, interface) in Saved::all(&conf.data_dir())? {
+        let attachment = Attachment { container_id, interface };
+        if valid.contains(&attachment) {
+            continue;
+        }
+        // One that cannot be deleted must not keep the others.
+        failed = collect(environment, conf, &attachment).err().or(failed);
+    }
+    failed.map_or(Ok(Vec::new()), Err)
+}
+
+fn collect(
+    environment: &Environment,
+    conf: &NetConf,
+    Attachment { container_id, interface }: &Attachment,
+) -> Result<(), CniError> {
+    let saved = Saved::of(&conf.data_dir(), container_id, interface);
+    let Some(bytes) = saved.load()? else { return Ok(()) };
+    let delegate = Delegate::from_bytes(&bytes)?;
+    if delegate.network() != conf.name() {
+        return Ok(());
+    }
+    let plugin = Plugin::find(&delegate.plugin, &environment.path)?;
+    plugin.for_container(container_id, interface).del(&bytes)?;
+    saved.remove()
+}
+
+fn del(environment: &Environment, conf: &NetConf) -> Result<Vec<u8>, CniError> {
+    let saved = saved(environment, conf);
     let Some(bytes) = saved.load()? else { return Ok(Vec::new()) };
     match Delegate::from_bytes(&bytes) {
         Ok(delegate) => Plugin::find(&delegate.plugin, &environment.path)?.del(&bytes)?,
@@ -130,6 +185,9 @@ mod tests {
 
     use super::*;
 
+    const COMMANDS: [Command; 5] =
+        [Command::Add, Command::Check, Command::Del, Command::Status, Command::Gc];
+
     fn environment(command: Command) -> Environment {
         let path = "/nonexistent".into();
         Environment { command, container_id: "c".into(), interface: "eth0".into(), path }
@@ -148,7 +206,7 @@ mod tests {
         let answer = run(&environment(Command::Version), &b"\xff"[..]).unwrap();
         assert_eq!(
             String::from_utf8(answer).unwrap(),
-            r#"{"cniVersion":"1.0.0","supportedVersions":["0.1.0","0.2.0","0.3.0","0.3.1","0.4.0","1.0.0"]}"#
+            r#"{"cniVersion":"1.1.0","supportedVersions":["0.1.0","0.2.0","0.3.0","0.3.1","0.4.0","1.0.0","1.1.0"]}"#
         );
     }
 
@@ -209,7 +267,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..256)) {
-            for command in [Command::Add, Command::Check, Command::Del] {
+            for command in COMMANDS {
                 let _ = run(&environment(command), &bytes[..]);
             }
         }
@@ -217,12 +275,13 @@ mod tests {
         #[test]
         fn no_configuration_panics(
             fields in prop::collection::btree_map(
-                "cniVersion|delegate|runtimeConfig|ipam|prevResult", any_json(), 0..5),
+                "cniVersion|delegate|runtimeConfig|ipam|prevResult|cni.dev/valid-attachments",
+                any_json(), 0..5),
         ) {
             let directory = tempfile::tempdir().unwrap();
             let mut stdin = conf(directory.path());
             stdin.as_object_mut().unwrap().extend(fields);
-            for command in [Command::Add, Command::Check, Command::Del] {
+            for command in COMMANDS {
                 let _ = run(&environment(command), stdin.to_string().as_bytes());
             }
         }

@@ -1,8 +1,9 @@
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{CniError, Environment};
+use super::CniError;
 use crate::files;
 
 const DIRECTORY_MODE: u32 = 0o700;
@@ -28,14 +29,32 @@ pub(super) struct Saved {
 
 impl Saved {
     /// The file of an interface of a container, whose names must be checked already.
-    pub(super) fn of(data_dir: &Path, environment: &Environment) -> Self {
-        let Environment { container_id, interface, .. } = environment;
+    pub(super) fn of(data_dir: &Path, container_id: &str, interface: &str) -> Self {
         Self {
             path: data_dir.join(format!("{container_id}:{interface}")),
             shared: data_dir.join(container_id),
             is_first: interface == FIRST_INTERFACE,
             first: data_dir.join(format!("{container_id}:{FIRST_INTERFACE}")),
         }
+    }
+
+    /// Every interface of every container that has a file.
+    pub(super) fn all(data_dir: &Path) -> Result<Vec<(String, String)>, CniError> {
+        let list = |source| CniError::List { path: data_dir.to_owned(), source };
+        let entries = match fs::read_dir(data_dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(list(source)),
+        };
+        let mut all = BTreeSet::new();
+        for entry in entries {
+            let name = entry.map_err(list)?.file_name();
+            // A temporary file, or nothing of ours.
+            let Some(name) = name.to_str().filter(|name| !name.starts_with('.')) else { continue };
+            let (id, interface) = name.split_once(':').unwrap_or((name, FIRST_INTERFACE));
+            all.insert((id.to_owned(), interface.to_owned()));
+        }
+        Ok(all.into_iter().collect())
     }
 
     pub(super) fn path(&self) -> PathBuf {

@@ -201,7 +201,7 @@ fn a_taken_port_ends_the_agent_with_its_exit_code() {
     let _holder = node.netns().run(|| UdpSocket::bind(("0.0.0.0", 51820))).unwrap().unwrap();
     let agent = format!(
         "NODE_NAME=node-1 exec {GAMBESON} agent --kubeconfig /run/gambeson/kubeconfig \
-         --cluster-cidr 10.244.0.0/16 --cni-conf-dir /run/cni/net.d --iface eth0 --wireguard kernel"
+         --cluster-cidr 10.244.0.0/16 --cni-conf-dir /var/lib/lab/cni/net.d --iface eth0 --wireguard kernel"
     );
     let output = node.exec(&["timeout", "60", "sh", "-c", &agent]).unwrap();
     assert_eq!(output.status.code(), Some(Exit::PortTaken as i32), "{}", both(&output));

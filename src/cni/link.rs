@@ -1,0 +1,140 @@
+//! The configuration that a reboot takes away until the guard is up: the file in the runtime's
+//! folder is a symbolic link into `/run`, where the agent writes what it leads to.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::conflist;
+use super::install::{CONFLIST_MODE, CONFLIST_NAME, InstallError, make_directory, write};
+use crate::files;
+
+/// The three places of the configuration.
+#[derive(Debug, Clone)]
+pub struct Places {
+    /// Where container runtimes look for it.
+    pub conf_dir: PathBuf,
+    /// A folder that is empty after a boot.
+    pub run_dir: PathBuf,
+    /// A folder that outlives a boot, for what an operator has added.
+    pub state_dir: PathBuf,
+}
+
+impl Places {
+    /// Puts the configuration for pods on `bridge` in place, in this version of the CNI
+    /// specification unless an operator has chosen another, with all that an operator has
+    /// added to what is there. Returns whether something changed.
+    ///
+    /// A runtime takes the network for ready as soon as the link leads somewhere, so the agent
+    /// calls this only once the guard and subnet.env are in place.
+    ///
+    /// # Errors
+    /// [`InstallError`]; what was there before is then still there, whole.
+    pub fn hand_over(&self, bridge: &str, version: &str) -> Result<bool, InstallError> {
+        let [link, target, kept] = [&self.conf_dir, &self.run_dir, &self.state_dir]
+            .map(|folder| folder.join(CONFLIST_NAME));
+        let refuse = |problem| InstallError::Conflist { path: link.clone(), problem };
+        let present = match first_of(&[&link, &target, &kept]) {
+            Ok(present) => present,
+            Err(error) => return Err(refuse(format!("cannot be read: {error}"))),
+        };
+        let contents = conflist::wanted(present.as_deref(), bridge, version).map_err(refuse)?;
+        for folder in [&self.conf_dir, &self.run_dir, &self.state_dir] {
+            make_directory(folder)?;
+        }
+        write(&kept, &contents, CONFLIST_MODE)?;
+        let changed = write(&target, &contents, CONFLIST_MODE)?;
+        let leads_there = fs::read_link(&link).is_ok_and(|found| found == target);
+        if !changed && leads_there {
+            return Ok(false);
+        }
+        // A fresh link each time: what a link leads to, runtimes do not watch.
+        files::symlink_atomic(&target, &link)
+            .map_err(|source| InstallError::Write { path: link, source })?;
+        Ok(true)
+    }
+}
+
+/// The contents of the first of these that is there.
+fn first_of(paths: &[&Path]) -> io::Result<Option<Vec<u8>>> {
+    for path in paths {
+        match fs::read(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            read => return read.map(Some),
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::cni::DEFAULT_BRIDGE;
+
+    fn places(folder: &Path) -> Places {
+        let [conf_dir, run_dir, state_dir] = ["conf", "run", "state"].map(|name| folder.join(name));
+        Places { conf_dir, run_dir, state_dir }
+    }
+
+    fn read(path: &Path) -> Value {
+        serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn after_a_boot_the_link_dangles_until_the_agent_hands_over() {
+        let folder = tempfile::tempdir().unwrap();
+        let places = places(folder.path());
+        let link = places.conf_dir.join(CONFLIST_NAME);
+        assert!(places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap());
+        assert!(!places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap());
+        assert_eq!(fs::read_link(&link).unwrap(), places.run_dir.join(CONFLIST_NAME));
+        assert_eq!(read(&link)["cniVersion"], "1.1.0");
+
+        fs::remove_dir_all(&places.run_dir).unwrap();
+        assert!(!link.exists() && link.is_symlink());
+        assert!(places.hand_over(DEFAULT_BRIDGE, "0.3.1").unwrap());
+        // Other plugins are there now.
+        assert_eq!(read(&link)["cniVersion"], "0.3.1");
+    }
+
+    #[test]
+    fn what_an_operator_added_outlives_a_boot() {
+        let folder = tempfile::tempdir().unwrap();
+        let places = places(folder.path());
+        let link = places.conf_dir.join(CONFLIST_NAME);
+        fs::create_dir_all(&places.conf_dir).unwrap();
+        let own = json!({
+            "name": "cbr0", "cniVersion": "1.0.0",
+            "plugins": [{ "type": "flannel", "delegate": { "vlan": 7 } }, { "type": "bandwidth" }],
+        });
+        fs::write(&link, own.to_string()).unwrap();
+        assert!(places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap());
+        let mut expected = own;
+        expected["plugins"][0]["type"] = "gambeson-cni".into();
+        for _ in 0..2 {
+            assert!(link.is_symlink());
+            assert_eq!(read(&link), expected);
+            fs::remove_dir_all(&places.run_dir).unwrap();
+            assert!(places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap());
+        }
+        // Edited in place, through the link.
+        expected["plugins"][1]["type"] = "tuning".into();
+        fs::write(&link, expected.to_string()).unwrap();
+        places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap();
+        fs::remove_dir_all(&places.run_dir).unwrap();
+        places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap();
+        assert_eq!(read(&link), expected);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_and_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let places = places(folder.path());
+        fs::create_dir_all(places.conf_dir.join(CONFLIST_NAME)).unwrap();
+        let error = places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap_err().to_string();
+        assert!(error.contains(CONFLIST_NAME), "{error}");
+        assert!(!places.run_dir.exists());
+    }
+}
