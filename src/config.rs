@@ -204,6 +204,12 @@ pub struct Options {
     )]
     pub proc_sys: PathBuf,
 
+    /// Have userspace devices served by the supervisors with a socket in this folder
+    ///
+    /// Without it their processes are children of this one, which in a pod end with the pod.
+    #[arg(long, env = "GAMBESON_TUNNEL_DIR", value_name = "DIR", hide_short_help = true)]
+    pub tunnel_dir: Option<PathBuf>,
+
     /// Prefix of the Node annotations
     #[arg(
         long,
@@ -279,6 +285,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Where `net/...` of `/proc/sys` can be written.
     pub proc_sys: PathBuf,
+    /// Folder of the tunnel supervisors.
+    pub tunnel_dir: Option<PathBuf>,
     /// Annotation prefix, e.g. `gambeson.io`.
     pub prefix: String,
     /// Be ready only where the admission policies are enforced.
@@ -364,6 +372,7 @@ impl Options {
                 .then(|| SocketAddr::new(healthz_ip, self.healthz_port)),
             socket: self.socket,
             proc_sys: self.proc_sys,
+            tunnel_dir: self.tunnel_dir,
             prefix: self.annotation_prefix,
             require_admission: self.require_admission,
             bridge: self.bridge,

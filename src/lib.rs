@@ -17,6 +17,7 @@ pub mod http;
 pub mod rounds;
 pub mod status;
 pub mod subnet_env;
+pub mod supervisor;
 pub mod underlay;
 
 /// Version of this program, and the commit that it was built from.

@@ -27,6 +27,7 @@ const MATRIX: [&[&str]; 6] = [
         "nodeSelector.a=b",
         "cni.binDir=/var/lib/rancher/k3s/data/cni",
         "priorityClassName=",
+        "tunnel.privileged=true",
     ],
 ];
 
@@ -151,6 +152,16 @@ fn the_agent_has_no_more_rights_than_it_needs() {
     // Ports of the host network would become hostPorts.
     assert_eq!(container["ports"], Value::Null);
     assert_eq!((&pod["hostPID"], &pod["hostIPC"]), (&Value::Null, &Value::Null));
+
+    let tunnel = &object("DaemonSet", "gambeson-tunnel", &[])["spec"]["template"]["spec"];
+    assert_eq!(tunnel["automountServiceAccountToken"], false);
+    assert_eq!(
+        tunnel["containers"][0]["securityContext"]["capabilities"],
+        security["capabilities"]
+    );
+    assert_eq!(tunnel["containers"][0]["securityContext"]["privileged"], Value::Null);
+    let kernel = rendered(&["wireguard=kernel"]);
+    assert!(kernel.iter().all(|object| object["metadata"]["name"] != "gambeson-tunnel"));
 
     let role = object("ClusterRole", "gambeson", &[]);
     let rule = |resource: &str, verbs: &[&str]| serde_json::json!({"apiGroups": [""], "resources": [resource], "verbs": verbs});

@@ -3,48 +3,16 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+use crate::common::image::{config, made, target, unpack};
 use crate::common::lab::stdout_of;
 
 /// Largest size of the compressed image in bytes.
 const LARGEST: u64 = 60_000_000;
-
-fn target() -> PathBuf {
-    let program = Path::new(env!("CARGO_BIN_EXE_gambeson"));
-    program.ancestors().nth(2).unwrap().to_owned()
-}
-
-/// A file that `make image` made.
-fn made(name: &str) -> PathBuf {
-    let path = target().join("image").join(name);
-    assert!(path.exists(), "{} is missing: run `make image`", path.display());
-    path
-}
-
-fn member(archive: &Path, name: &str) -> Vec<u8> {
-    let output = Command::new("tar").arg("-xOf").arg(archive).arg(name).output().unwrap();
-    assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
-    output.stdout
-}
-
-fn json(archive: &Path, name: &str) -> Value {
-    serde_json::from_slice(&member(archive, name)).unwrap()
-}
-
-/// Unpacks the image's only layer.
-fn unpack(archive: &Path, root: &Path) {
-    let manifest = json(archive, "manifest.json");
-    let layers = manifest[0]["Layers"].as_array().unwrap();
-    assert_eq!(layers.len(), 1, "{manifest}");
-    let layer = root.join(".layer");
-    fs::write(&layer, member(archive, layers[0].as_str().unwrap())).unwrap();
-    stdout_of(Command::new("tar").arg("-xf").arg(&layer).arg("-C").arg(root));
-    fs::remove_file(layer).unwrap();
-}
 
 fn names(folder: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(folder).unwrap();
@@ -80,8 +48,7 @@ fn the_image_is_small_and_holds_what_it_needs_alone() {
     let nft = stdout_of(Command::new("chroot").arg(root.path()).args(["/usr/sbin/nft", "-v"]));
     assert!(nft.starts_with("nftables v1."), "{nft}");
 
-    let config = json(&archive, "manifest.json")[0]["Config"].as_str().unwrap().to_owned();
-    let labels = json(&archive, &config)["config"]["Labels"].clone();
+    let labels = config(&archive)["Labels"].clone();
     let revision = labels["org.opencontainers.image.revision"].as_str().unwrap();
     assert_eq!(labels["org.opencontainers.image.version"], env!("CARGO_PKG_VERSION"));
     let version = stdout_of(Command::new(root.path().join("usr/bin/gambeson")).arg("--version"));

@@ -11,6 +11,7 @@ mod chaos;
 mod chart;
 mod cni;
 mod common;
+mod container;
 mod hostile;
 mod image;
 mod kernel;

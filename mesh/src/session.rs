@@ -57,7 +57,7 @@ impl Session {
 
 /// Name of one of our network devices. There are only four, so no string can be wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(into = "String")]
+#[serde(into = "String", try_from = "String")]
 pub struct DeviceName(Session);
 
 impl DeviceName {
@@ -74,6 +74,14 @@ impl DeviceName {
     /// The device with this name, if it is one of ours by name.
     pub fn parse(name: &str) -> Option<Self> {
         Session::all().map(Session::device).find(|d| d.as_str() == name)
+    }
+}
+
+impl TryFrom<String> for DeviceName {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        Self::parse(&name).ok_or_else(|| format!("{name:?} is no device of ours"))
     }
 }
 

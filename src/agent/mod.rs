@@ -83,6 +83,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         bridge: config.bridge.clone(),
         forward_rules: config.forward_rules,
         proc_sys: config.proc_sys.clone(),
+        tunnel_dir: config.tunnel_dir.clone(),
     };
     let mut reconciler = Reconciler::new(config.clone(), Kernel::connect(scope).await?);
     reconciler.shut().await?;

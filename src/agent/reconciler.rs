@@ -430,7 +430,9 @@ impl Reconciler {
             if preflight::fips_enabled() {
                 return Err(AgentError::Fips);
             }
-            if running != Some(Implementation::Userspace) {
+            // A supervisor sees for itself.
+            let own = self.config.tunnel_dir.is_none();
+            if own && running != Some(Implementation::Userspace) {
                 preflight::tun()?;
             }
         }

@@ -8,6 +8,7 @@ use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 
 use crate::exit::Exit;
+use crate::supervisor::AskError;
 
 /// Why the kernel could not be read or changed. Each names its object; the operator's
 /// remedy follows where errno tells what it is.
@@ -57,6 +58,9 @@ pub enum ApplyError {
     /// An MTU was refused.
     #[error("cannot set the MTU of {device} to {mtu}{}", hint(source))]
     SetMtu { device: DeviceName, mtu: u32, source: io::Error },
+    /// A supervisor did not start, or end, the process of a userspace device.
+    #[error("cannot have {device} served")]
+    Supervisor { device: DeviceName, source: AskError },
     /// A link did not come up.
     #[error("cannot bring {device} up{}", hint(source))]
     SetUp { device: DeviceName, source: io::Error },

@@ -33,6 +33,9 @@ pub use events::Events;
 pub use nft::GuardDrops;
 
 use netlink::Netlink;
+use wireguard::Tunnels;
+
+use crate::supervisor::Supervisors;
 
 /// A device that takes longer for an answer deserves a closer look.
 const SOON: Duration = Duration::from_secs(1);
@@ -55,6 +58,8 @@ pub struct Scope {
     pub forward_rules: bool,
     /// Where `net/...` of `/proc/sys` can be read and written.
     pub proc_sys: PathBuf,
+    /// Where the supervisors of userspace devices are, if this process is not to start any.
+    pub tunnel_dir: Option<PathBuf>,
 }
 
 impl Default for Scope {
@@ -64,6 +69,7 @@ impl Default for Scope {
             bridge: String::new(),
             forward_rules: false,
             proc_sys: PathBuf::from("/proc/sys"),
+            tunnel_dir: None,
         }
     }
 }
@@ -72,8 +78,7 @@ impl Default for Scope {
 #[derive(Debug)]
 pub struct Kernel {
     netlink: Netlink,
-    /// The `gambeson` program, for userspace devices.
-    program: PathBuf,
+    tunnels: Tunnels,
     /// Endpoints as they were written last. Where a peer is now may differ: it roams.
     pinned: BTreeMap<(DeviceName, PublicKey), SocketAddr>,
     /// Indices of the links that were seen with our alias.
@@ -104,9 +109,13 @@ impl Kernel {
     /// [`ApplyError::Connect`].
     pub async fn with_program(program: PathBuf, scope: Scope) -> Result<Self, ApplyError> {
         let netlink = Netlink::connect().map_err(|source| ApplyError::Connect { source })?;
+        let tunnels = match &scope.tunnel_dir {
+            Some(dir) => Tunnels::Supervised(Supervisors::new(dir.clone())),
+            None => Tunnels::Own(program),
+        };
         Ok(Self {
             netlink,
-            program,
+            tunnels,
             pinned: BTreeMap::new(),
             known: BTreeMap::new(),
             scope,
@@ -265,9 +274,9 @@ impl Kernel {
             }
             Action::AddLink { device, implementation: Implementation::Userspace, mtu } => {
                 if link::find(netlink, device.as_str()).await?.is_none() {
-                    wireguard::retire(*device).await;
+                    wireguard::retire(&self.tunnels, *device).await;
                 }
-                wireguard::start(&self.program, *device, *mtu).await
+                wireguard::start(&self.tunnels, *device, *mtu).await
             }
             Action::MarkLink(device) => link::mark(netlink, *device).await,
             Action::DeleteLink(device) => self.delete_link(*device).await,
@@ -294,7 +303,7 @@ impl Kernel {
         link::delete(&mut self.netlink, device).await?;
         self.unpin(device, None);
         if link.is_some_and(|link| link.implementation == Some(Implementation::Userspace)) {
-            wireguard::retire(device).await;
+            wireguard::retire(&self.tunnels, device).await;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ mod install_cni;
 mod lab;
 mod status;
 mod tunnel;
+mod tunnel_supervisor;
 
 use std::process::ExitCode;
 
@@ -31,6 +32,7 @@ enum Command {
     InstallCni(install_cni::Args),
     Lab(lab::Args),
     Status(status::Args),
+    TunnelSupervisor(tunnel_supervisor::Args),
 }
 
 /// Whoever started this process may have blocked signals, and a mask is inherited.
@@ -54,6 +56,7 @@ pub fn main() -> ExitCode {
         Command::InstallCni(args) => install_cni::run(args),
         Command::Lab(args) => lab::run(&args),
         Command::Status(args) => status::run(args),
+        Command::TunnelSupervisor(args) => tunnel_supervisor::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,6 +15,7 @@ use tokio::process::Command;
 use tokio::time::{sleep, timeout};
 
 use crate::apply::ApplyError;
+use crate::supervisor::Supervisors;
 
 /// Where userspace WireGuard implementations put their sockets.
 const SOCKETS: &str = "/var/run/wireguard";
@@ -29,12 +30,31 @@ pub(super) fn socket(device: DeviceName) -> PathBuf {
     Path::new(SOCKETS).join(format!("{device}.sock"))
 }
 
-/// Starts the device's process, which outlives this one, and waits until it answers.
+/// Who starts the process of a userspace device.
+#[derive(Debug)]
+pub(in crate::apply) enum Tunnels {
+    /// This process, by this program.
+    Own(PathBuf),
+    /// A supervisor, which outlives the pod of this process.
+    Supervised(Supervisors),
+}
+
+/// Has the device's process started, which outlives this one, and waits until it answers.
 pub(in crate::apply) async fn start(
-    program: &Path,
+    tunnels: &Tunnels,
     device: DeviceName,
     mtu: u32,
 ) -> Result<(), ApplyError> {
+    match tunnels {
+        Tunnels::Own(program) => start_own(program, device, mtu).await,
+        Tunnels::Supervised(supervisors) => supervisors
+            .start(device, LINK_ALIAS, mtu)
+            .await
+            .map_err(|source| ApplyError::Supervisor { device, source }),
+    }
+}
+
+async fn start_own(program: &Path, device: DeviceName, mtu: u32) -> Result<(), ApplyError> {
     let failed =
         |source| ApplyError::StartTunnel { device, program: program.display().to_string(), source };
     let mut child = Command::new(program)
@@ -72,9 +92,16 @@ pub(in crate::apply) async fn start(
 
 /// Waits until no process serves the device any more, so that a new one does not meet the
 /// old one's socket and port. A process that does not end is killed.
-pub(in crate::apply) async fn retire(device: DeviceName) {
+pub(in crate::apply) async fn retire(tunnels: &Tunnels, device: DeviceName) {
     if timeout(END, gone(device)).await.is_ok() {
         return;
+    }
+    if let Tunnels::Supervised(supervisors) = tunnels {
+        // A process of another pod is not to be seen from here.
+        tracing::warn!(%device, "a tunnel process without its device does not end; having it ended");
+        if let Err(error) = supervisors.end(device).await {
+            tracing::warn!(%device, %error, "cannot have the tunnel process ended");
+        }
     }
     // One that hangs does not say who it is: its queue of connections may be full.
     for pid in servers(&socket(device)) {

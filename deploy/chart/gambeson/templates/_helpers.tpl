@@ -32,3 +32,27 @@ app.kubernetes.io/part-of: gambeson
 {{- if .Values.podCidrv6 }}{{ $_ := set $conf "IPv6Network" .Values.podCidrv6 }}{{ end -}}
 {{ $conf | toPrettyJson }}
 {{- end -}}
+
+{{/* What both pods have in common. */}}
+{{- define "gambeson.pod" -}}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Whether any node may need a userspace device. */}}
+{{- define "gambeson.supervised" -}}
+{{- if ne .Values.wireguard "kernel" }}true{{ end -}}
+{{- end -}}
