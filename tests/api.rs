@@ -360,3 +360,52 @@ fn a_server_that_never_answers_is_given_up_on() {
     lab.api().unwrap().create_node(&stranger(90)).unwrap();
     has_peer(node, "stranger-90");
 }
+
+#[test]
+fn retry_after_is_heeded_by_every_request() {
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    has_peer(node, "node-2");
+    // Of a patch, and the watch has to keep still as well.
+    let busy = Effect::Status { code: 429, retry_after: Some(4) };
+    let cut = Fault::every(Effect::Cut).on("watch").from(client(node)).times(1);
+    set(&lab, &[Fault::every(busy).on("patch").from(client(node)), cut]);
+    let spoil = json!({ "metadata": { "annotations": { "gambeson.io/mtu": "1" } } });
+    lab.api().unwrap().patch_node("node-1", Patch::Merge, &spoil).unwrap();
+    let asked = || {
+        let requests = lab.api().unwrap().requests().unwrap();
+        requests.into_iter().filter(|r| r.client == Some(client(node))).count()
+    };
+    status_when(node, "is told to wait", |s| s.errors.iter().any(|e| e.contains("(429)")));
+    // What was under way when the answer came may still arrive.
+    std::thread::sleep(Duration::from_millis(500));
+    let before = asked();
+    std::thread::sleep(Duration::from_millis(2500));
+    assert_eq!(asked(), before);
+    set(&lab, &[]);
+    status_when(node, "goes on", |status| status.errors.is_empty());
+}
+
+#[test]
+fn three_conditions_say_that_the_network_is_up_and_are_kept_so() {
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let conditions = || {
+        let node = lab.api().unwrap().node("node-1").unwrap();
+        let all = node["status"]["conditions"].as_array().unwrap().clone();
+        let status = |kind: &str| {
+            all.iter().find(|c| c["type"] == kind).map(|c| c["status"].as_str().unwrap().to_owned())
+        };
+        ["NetworkUnavailable", "MeshReady", "MeshEncrypted"].map(status)
+    };
+    let up = || {
+        let expected = ["False", "True", "True"].map(|status| Some(status.to_owned()));
+        (conditions() == expected).then_some(())
+    };
+    eventually(node, "says so", up);
+    let wrong = json!({ "status": { "conditions": [
+        { "type": "MeshEncrypted", "status": "False", "reason": "Somebody" }
+    ]}});
+    lab.api().unwrap().patch_status("node-1", Patch::Strategic, &wrong).unwrap();
+    eventually(node, "says so again", up);
+}

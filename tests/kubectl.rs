@@ -38,7 +38,8 @@ fn kubectl_shows_and_changes_what_agents_publish_and_follow() {
         "gambeson.io/port: \"51820\"",
         "gambeson.io/transports: wireguard",
         "gambeson.io/mtu: \"1440\"",
-        "reason: GambesonIsUp",
+        "type: MeshReady",
+        "type: MeshEncrypted",
     ] {
         assert_eq!(
             yaml.matches(annotation).count(),

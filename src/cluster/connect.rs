@@ -2,15 +2,18 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use axum::http::Response;
+use axum::http::header::RETRY_AFTER;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use k8s_openapi::api::core::v1::Pod;
 use kube::client::{Body, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, ServiceBuilder};
 
 use crate::config::NodeIdentity;
@@ -24,6 +27,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(8);
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
 const PROBES: u32 = 3;
+/// The API server's `Retry-After` is heeded up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Makes clients of one API server. Credentials are read again for each, so that a renewed
 /// kubeconfig or token is picked up without a restart.
@@ -31,7 +36,12 @@ const PROBES: u32 = 3;
 pub struct Connector {
     kubeconfig: Option<PathBuf>,
     patience: Duration,
+    /// Until when the API server wants to be left alone.
+    pause: Pause,
 }
+
+/// What `Retry-After` asks for, shared by all requests.
+type Pause = Arc<Mutex<Option<Instant>>>;
 
 /// A cluster configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -98,7 +108,7 @@ impl From<kube::Error> for RequestError {
 impl Connector {
     /// Through this kubeconfig, or else the service account of this pod.
     pub fn new(kubeconfig: Option<PathBuf>) -> Self {
-        Self { kubeconfig, patience: REQUEST_TIMEOUT }
+        Self { kubeconfig, patience: REQUEST_TIMEOUT, pause: Pause::default() }
     }
 
     /// With another limit on how long a connection or an answer may take.
@@ -128,7 +138,7 @@ impl Connector {
     pub async fn client(&self) -> Result<Client, ConnectError> {
         let config = self.config().await?;
         let server = config.cluster_url.to_string();
-        client_of(&config, self.patience)
+        client_of(&config, self.patience, self.pause.clone())
             .map_err(|source| ConnectError::Client { server, source: Box::new(source) })
     }
 
@@ -146,11 +156,21 @@ impl Connector {
         Ok(pod.spec.and_then(|spec| spec.node_name))
     }
 
-    /// Gives up on a request that a dead connection or a stuck server would hold for ever.
+    /// Waits for as long as the API server has asked to be left alone.
+    async fn pause(&self) {
+        let until = *self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(until) = until {
+            sleep_until(until).await;
+        }
+    }
+
+    /// Sends a request no sooner than the API server wants it, and gives up on one that a dead
+    /// connection or a stuck server would hold for ever.
     pub(super) async fn in_time<T>(
         &self,
         request: impl Future<Output = Result<T, kube::Error>>,
     ) -> Result<T, RequestError> {
+        self.pause().await;
         match timeout(self.patience, request).await {
             Ok(answer) => answer.map_err(RequestError::from),
             Err(_) => Err(RequestError::Timeout(self.patience)),
@@ -160,7 +180,7 @@ impl Connector {
 
 /// kube's own stack, less retries, which are the callers' business: they know when an answer
 /// no longer matters. Its connections notice when the other end is gone without a word.
-fn client_of(config: &Config, patience: Duration) -> Result<Client, kube::Error> {
+fn client_of(config: &Config, patience: Duration, pause: Pause) -> Result<Client, kube::Error> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -176,8 +196,22 @@ fn client_of(config: &Config, patience: Duration) -> Result<Client, kube::Error>
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
         .map_err(BoxError::from)
+        .map_response(move |response| {
+            heed_retry_after(&response, &pause);
+            response
+        })
         .service(transport.build::<_, Body>(connector));
     Ok(Client::new(service, config.default_namespace.clone()))
+}
+
+/// Takes in for how long the API server wants to be left alone, at most a while: it may be a
+/// proxy with odd ideas.
+fn heed_retry_after<B>(response: &Response<B>, pause: &Pause) {
+    let seconds = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
+    if let Some(seconds) = seconds.and_then(|seconds| seconds.parse().ok()) {
+        let until = Instant::now() + Duration::from_secs(seconds).min(LONGEST_PAUSE);
+        *pause.lock().unwrap_or_else(PoisonError::into_inner) = Some(until);
+    }
 }
 
 async fn from_kubeconfig(path: &Path) -> Result<Config, ConnectError> {

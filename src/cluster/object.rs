@@ -69,9 +69,10 @@ impl NodeObject {
         self.metadata.resource_version.as_deref().and_then(|v| v.parse().ok())
     }
 
-    /// The condition with which a network plugin says that it is up, if the Node has it.
-    pub fn network_unavailable(&self) -> Option<&Condition> {
-        self.status.conditions.iter().flatten().find(|c| c.kind == "NetworkUnavailable")
+    /// The conditions of these types that the Node has.
+    pub fn conditions(&self, kinds: &[&str]) -> Vec<Condition> {
+        let all = self.status.conditions.iter().flatten();
+        all.filter(|condition| kinds.contains(&condition.kind.as_str())).cloned().collect()
     }
 
     /// What the mesh needs of this Node, with annotations below `prefix` and
@@ -197,7 +198,7 @@ mod tests {
         let annotations: Vec<_> = record.annotations.keys().map(String::as_str).collect();
         assert_eq!(annotations, ["config/endpoint", "port"]);
         assert_eq!(object.version(), Some(7));
-        assert_eq!(object.network_unavailable().unwrap().reason.as_deref(), Some("A"));
+        assert_eq!(object.conditions(&["NetworkUnavailable"])[0].reason.as_deref(), Some("A"));
     }
 
     #[test]

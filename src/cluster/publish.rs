@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 use super::backoff::Backoff;
 use super::connect::{Connector, RequestError};
 use super::object::{Condition, NodeObject};
-use super::store::{NodeStore, Nodes};
+use super::store::{MESH_ENCRYPTED, MESH_READY, NETWORK_UNAVAILABLE, NodeStore, Nodes};
 use super::watch::Health;
 
 /// Waits after a failure.
@@ -25,7 +25,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(15);
 /// takes the values back each time, and then nobody gains by a fight.
 const FIRST_REPEAT: Duration = Duration::from_secs(1);
 const LONGEST_REPEAT: Duration = Duration::from_secs(60);
-/// Reason in the condition `NetworkUnavailable`.
+/// Reason in the conditions `NetworkUnavailable` and `MeshReady`.
 const UP_REASON: &str = "GambesonIsUp";
 /// Whom the API server names as the writer.
 const FIELD_MANAGER: &str = "gambeson";
@@ -35,7 +35,8 @@ const FIELD_MANAGER: &str = "gambeson";
 pub struct Publication {
     /// Values by annotation name without the prefix; `None` removes the annotation.
     pub annotations: BTreeMap<String, Option<String>>,
-    /// Whether the pod network is up, which sets `NetworkUnavailable` to `False`.
+    /// Whether the pod network is up, which three conditions say: `NetworkUnavailable` is
+    /// `False`, `MeshReady` and `MeshEncrypted` are `True`.
     pub network_up: bool,
 }
 
@@ -43,7 +44,45 @@ pub struct Publication {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     annotations: BTreeMap<String, Option<String>>,
-    network_up: bool,
+    conditions: Vec<&'static ConditionUp>,
+}
+
+/// A condition of a Node whose network is up.
+#[derive(Debug, PartialEq, Eq)]
+struct ConditionUp {
+    kind: &'static str,
+    status: &'static str,
+    reason: &'static str,
+    message: &'static str,
+}
+
+const UP: [ConditionUp; 3] = [
+    ConditionUp {
+        kind: NETWORK_UNAVAILABLE,
+        status: "False",
+        reason: UP_REASON,
+        message: "Gambeson is running on this node",
+    },
+    ConditionUp {
+        kind: MESH_READY,
+        status: "True",
+        reason: UP_REASON,
+        message: "the guard, the devices and the CNI configuration are in place",
+    },
+    ConditionUp {
+        kind: MESH_ENCRYPTED,
+        status: "True",
+        reason: "WireGuard",
+        message: "every path to another node is through WireGuard",
+    },
+];
+
+impl ConditionUp {
+    fn is_said_by(&self, condition: &Condition) -> bool {
+        condition.kind == self.kind
+            && condition.status == self.status
+            && condition.reason.as_deref() == Some(self.reason)
+    }
 }
 
 impl Publication {
@@ -53,7 +92,7 @@ impl Publication {
         &self,
         prefix: &str,
         own: &NodeRecord,
-        condition: Option<&Condition>,
+        said: &[Condition],
     ) -> Option<Difference> {
         let same = |(name, value): (&String, &Option<String>)| {
             own.annotations.get(name).map(String::as_str) == value.as_deref()
@@ -67,11 +106,11 @@ impl Publication {
                 }
             }
         }
-        let said = condition
-            .is_some_and(|c| c.status == "False" && c.reason.as_deref() == Some(UP_REASON));
-        let network_up = self.network_up && !said;
-        let differs = network_up || !annotations.is_empty();
-        differs.then_some(Difference { annotations, network_up })
+        let is_said = |up: &ConditionUp| said.iter().any(|condition| up.is_said_by(condition));
+        let unsaid = UP.iter().filter(|up| self.network_up && !is_said(up));
+        let conditions: Vec<_> = unsaid.collect();
+        let differs = !conditions.is_empty() || !annotations.is_empty();
+        differs.then_some(Difference { annotations, conditions })
     }
 }
 
@@ -82,16 +121,19 @@ impl Difference {
         if !self.annotations.is_empty() {
             patch["metadata"] = json!({ "annotations": self.annotations });
         }
-        if self.network_up {
+        if !self.conditions.is_empty() {
             let now = now.strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
-            patch["status"] = json!({ "conditions": [{
-                "type": "NetworkUnavailable",
-                "status": "False",
-                "reason": UP_REASON,
-                "message": "Gambeson is running on this node",
-                "lastTransitionTime": now,
-                "lastHeartbeatTime": now,
-            }]});
+            let conditions = self.conditions.iter().map(|up| {
+                json!({
+                    "type": up.kind,
+                    "status": up.status,
+                    "reason": up.reason,
+                    "message": up.message,
+                    "lastTransitionTime": now,
+                    "lastHeartbeatTime": now,
+                })
+            });
+            patch["status"] = json!({ "conditions": conditions.collect::<Vec<_>>() });
         }
         patch
     }
@@ -158,7 +200,7 @@ impl Publisher {
         let nodes = self.store.nodes();
         let wanted = self.wanted.borrow_and_update();
         let own = Nodes::own(&nodes)?;
-        wanted.as_ref()?.difference(&self.prefix, own, nodes.own_condition())
+        wanted.as_ref()?.difference(&self.prefix, own, nodes.own_conditions())
     }
 
     async fn send(&self, difference: &Difference) -> Result<(), RequestError> {
@@ -191,7 +233,7 @@ impl Publisher {
         if !difference.annotations.is_empty() {
             info!(node = self.node, "published the annotations");
         }
-        if difference.network_up {
+        if !difference.conditions.is_empty() {
             info!(node = self.node, "published that the network is up");
         }
     }
@@ -251,24 +293,25 @@ mod tests {
         NodeRecord { annotations, ..NodeRecord::default() }
     }
 
-    fn up() -> Condition {
-        Condition {
-            kind: "NetworkUnavailable".into(),
-            status: "False".into(),
-            reason: Some(UP_REASON.into()),
-        }
+    fn up() -> Vec<Condition> {
+        let condition = |up: &ConditionUp| Condition {
+            kind: up.kind.into(),
+            status: up.status.into(),
+            reason: Some(up.reason.into()),
+        };
+        UP.iter().map(condition).collect()
     }
 
     #[test]
     fn nothing_to_write_in_the_steady_state() {
         let own = record(&[("port", "51820"), ("mtu", "1440"), ("config/endpoint", "192.0.2.1")]);
-        assert_eq!(publication().difference("gambeson.io", &own, Some(&up())), None);
+        assert_eq!(publication().difference("gambeson.io", &own, &up()), None);
     }
 
     #[test]
     fn one_change_writes_all_annotations_in_one_patch() {
         let own = record(&[("port", "51820"), ("mtu", "1400"), ("next-public-key", "old")]);
-        let difference = publication().difference("gambeson.io", &own, Some(&up())).unwrap();
+        let difference = publication().difference("gambeson.io", &own, &up()).unwrap();
         let now = "2024-01-02T03:04:05.678Z".parse().unwrap();
         assert_eq!(
             difference.patch(now),
@@ -282,9 +325,9 @@ mod tests {
 
     #[test]
     fn a_fight_over_a_value_calms_down() {
-        let difference = publication().difference("gambeson.io", &record(&[]), None).unwrap();
+        let difference = publication().difference("gambeson.io", &record(&[]), &[]).unwrap();
         let other = Publication { network_up: false, ..publication() };
-        let other = other.difference("gambeson.io", &record(&[]), None).unwrap();
+        let other = other.difference("gambeson.io", &record(&[]), &[]).unwrap();
         let mut sent = Sent::default();
         let mut now = Instant::now();
         assert_eq!(sent.due(&difference, now), now, "the first at once");
@@ -304,12 +347,19 @@ mod tests {
     #[test]
     fn the_condition_is_written_once_ready() {
         let own = record(&[("port", "51820"), ("mtu", "1440")]);
-        let difference = publication().difference("gambeson.io", &own, None).unwrap();
+        let difference = publication().difference("gambeson.io", &own, &[]).unwrap();
         let now = "2024-01-02T03:04:05.678Z".parse().unwrap();
         let condition = &difference.patch(now)["status"]["conditions"][0];
         assert_eq!(condition["lastTransitionTime"], "2024-01-02T03:04:05Z");
         assert_eq!(condition["reason"], "GambesonIsUp");
+        // One that somebody changed is written again, and no other.
+        let mut said = up();
+        said[2].status = "False".into();
+        let difference = publication().difference("gambeson.io", &own, &said).unwrap();
+        let conditions = &difference.patch(now)["status"]["conditions"];
+        assert_eq!(conditions.as_array().unwrap().len(), 1);
+        assert_eq!(conditions[0]["type"], "MeshEncrypted");
         let waiting = Publication { network_up: false, ..publication() };
-        assert_eq!(waiting.difference("gambeson.io", &own, None), None);
+        assert_eq!(waiting.difference("gambeson.io", &own, &[]), None);
     }
 }

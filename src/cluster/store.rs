@@ -20,13 +20,19 @@ pub struct NodeStore {
     revision: watch::Sender<u64>,
 }
 
+/// Types of the conditions that agents write on their own Nodes.
+pub(super) const CONDITIONS: [&str; 3] = [NETWORK_UNAVAILABLE, MESH_READY, MESH_ENCRYPTED];
+pub(super) const NETWORK_UNAVAILABLE: &str = "NetworkUnavailable";
+pub(super) const MESH_READY: &str = "MeshReady";
+pub(super) const MESH_ENCRYPTED: &str = "MeshEncrypted";
+
 /// What is known of the cluster's Nodes.
 #[derive(Debug, Default)]
 pub struct Nodes {
     own_name: NodeName,
     prefix: String,
     records: BTreeMap<NodeName, NodeRecord>,
-    own_condition: Option<Condition>,
+    own_conditions: Vec<Condition>,
     /// Resource version of the last list. Events at or below it are late.
     listed_at: u64,
     /// Resource version of the last event of each Node since then, of deleted ones too: what
@@ -103,9 +109,9 @@ impl Nodes {
         self.records.keys().find(|name| **name != self.own_name)
     }
 
-    /// `NetworkUnavailable` of the agent's own Node.
-    pub fn own_condition(&self) -> Option<&Condition> {
-        self.own_condition.as_ref()
+    /// Those conditions of the agent's own Node that agents write.
+    pub fn own_conditions(&self) -> &[Condition] {
+        &self.own_conditions
     }
 
     /// Whether a list has been received since the agent started.
@@ -142,10 +148,10 @@ impl Nodes {
             }
         }
         let own = listed.iter().find(|node| node.name() == self.own_name);
-        let condition = own.and_then(|node| node.network_unavailable().cloned());
-        let changed = !self.listed || records != self.records || condition != self.own_condition;
+        let conditions = own.map(|node| node.conditions(&CONDITIONS)).unwrap_or_default();
+        let changed = !self.listed || records != self.records || conditions != self.own_conditions;
         self.records = records;
-        self.own_condition = condition;
+        self.own_conditions = conditions;
         self.listed = true;
         self.listed_at = version.unwrap_or_default();
         self.seen.clear();
@@ -159,9 +165,9 @@ impl Nodes {
         }
         let mut changed = false;
         if record.name == self.own_name {
-            let condition = node.network_unavailable().cloned();
-            changed |= condition != self.own_condition;
-            self.own_condition = condition;
+            let conditions = node.conditions(&CONDITIONS);
+            changed |= conditions != self.own_conditions;
+            self.own_conditions = conditions;
         }
         self.doubtful.remove(&record.name);
         if self.records.get(&record.name) != Some(&record) {
@@ -181,7 +187,7 @@ impl Nodes {
             return false;
         }
         if node.name() == self.own_name {
-            self.own_condition = None;
+            self.own_conditions = Vec::new();
         }
         self.doubtful.remove(node.name());
         self.records.remove(node.name()).is_some()
