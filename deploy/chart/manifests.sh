@@ -19,3 +19,5 @@ render() {
 }
 
 render gambeson.yaml
+# For k3s with --flannel-backend=none: its pod network.
+render k3s.yaml --set podCidr=10.42.0.0/16

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, exit codes typed.
 
 mod agent;
+mod audit;
 mod cni;
 mod failure;
 mod install_cni;
@@ -27,6 +28,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Agent(Box<agent::Args>),
+    Audit(audit::Args),
     Tunnel(tunnel::Args),
     Cni(cni::Args),
     InstallCni(install_cni::Args),
@@ -51,6 +53,7 @@ pub fn main() -> ExitCode {
     }
     let result = match Cli::parse_from(tunnel::arguments()).command {
         Command::Agent(args) => agent::run(*args),
+        Command::Audit(args) => audit::run(&args),
         Command::Tunnel(args) => tunnel::run(args),
         Command::Cni(args) => return cni::run(&args),
         Command::InstallCni(args) => install_cni::run(args),

@@ -63,7 +63,7 @@ impl AdmissionTest {
                 }
                 continue;
             };
-            match self.ask(&other).await {
+            match ask(&self.connector, &self.prefix, &other).await {
                 Ok(answer) => self.say(answer),
                 Err(error) => debug!(%error, "cannot ask about admission"),
             }
@@ -77,18 +77,6 @@ impl AdmissionTest {
         }
     }
 
-    async fn ask(&self, other: &str) -> Result<Admission, RequestError> {
-        let api: Api<NodeObject> = Api::all(self.connector.client().await?);
-        let name = format!("{}/admission-test", self.prefix);
-        let patch = Patch::Merge(json!({ "metadata": { "annotations": { name: "refused" } } }));
-        let params = PatchParams { dry_run: true, ..PatchParams::default() };
-        match self.connector.in_time(api.patch_status(other, &params, &patch)).await {
-            Ok(_) => Ok(Admission::Missing),
-            Err(error) if error.to_string().contains(BY_POLICY) => Ok(Admission::Enforced),
-            Err(error) => Err(error),
-        }
-    }
-
     fn say(&self, answer: Admission) {
         if self.answer.send_replace(answer) == answer {
             return;
@@ -98,5 +86,22 @@ impl AdmissionTest {
             Admission::Enforced => info!("the API server keeps each agent to its own Node"),
             Admission::Alone | Admission::Unknown => {}
         }
+    }
+}
+
+/// Asks once, about this Node.
+pub(super) async fn ask(
+    connector: &Connector,
+    prefix: &str,
+    other: &str,
+) -> Result<Admission, RequestError> {
+    let api: Api<NodeObject> = Api::all(connector.client().await?);
+    let name = format!("{prefix}/admission-test");
+    let patch = Patch::Merge(json!({ "metadata": { "annotations": { name: "refused" } } }));
+    let params = PatchParams { dry_run: true, ..PatchParams::default() };
+    match connector.in_time(api.patch_status(other, &params, &patch)).await {
+        Ok(_) => Ok(Admission::Missing),
+        Err(error) if error.to_string().contains(BY_POLICY) => Ok(Admission::Enforced),
+        Err(error) => Err(error),
     }
 }

@@ -4,6 +4,7 @@
 //! Every task here retries for ever and keeps what is known; none of them touches the kernel.
 
 mod admission;
+mod audit;
 mod backoff;
 mod connect;
 mod events;
@@ -13,6 +14,7 @@ mod store;
 mod watch;
 
 pub use admission::AdmissionTest;
+pub use audit::{Audit, audit};
 pub use backoff::Backoff;
 pub use connect::{ConnectError, Connector, RequestError};
 pub use events::{EventWriter, Note, Reason, Recorder};

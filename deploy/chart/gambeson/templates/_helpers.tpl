@@ -56,3 +56,23 @@ affinity: {{- toYaml . | nindent 2 }}
 {{- define "gambeson.supervised" -}}
 {{- if ne .Values.wireguard "kernel" }}true{{ end -}}
 {{- end -}}
+
+{{/* Which node it runs on, and where the API server is before kube-proxy runs. */}}
+{{- define "gambeson.environment" -}}
+- name: NODE_NAME
+  valueFrom:
+    fieldRef:
+      fieldPath: spec.nodeName
+- name: HOST_IP
+  valueFrom:
+    fieldRef:
+      fieldPath: status.hostIP
+{{- with .Values.k8sServiceHost }}
+- name: KUBERNETES_SERVICE_HOST
+  value: {{ . | quote }}
+{{- end }}
+{{- with .Values.k8sServicePort }}
+- name: KUBERNETES_SERVICE_PORT
+  value: {{ . | quote }}
+{{- end }}
+{{- end -}}
