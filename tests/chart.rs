@@ -172,3 +172,40 @@ fn the_agent_has_no_more_rights_than_it_needs() {
     ];
     assert_eq!(role["rules"].as_array().unwrap(), &expected);
 }
+
+fn paths(prefix: &str, value: &Value, all: &mut Vec<String>) {
+    match value {
+        Value::Object(map) if !map.is_empty() && !prefix.ends_with("resources") => {
+            for (key, value) in map {
+                let dot = if prefix.is_empty() { "" } else { "." };
+                paths(&format!("{prefix}{dot}{key}"), value, all);
+            }
+        }
+        _ => all.push(prefix.to_owned()),
+    }
+}
+
+#[test]
+fn every_value_is_documented_and_in_the_schema() {
+    let values = fs::read_to_string(format!("{ROOT}/deploy/chart/gambeson/values.yaml")).unwrap();
+    let values: Value = serde_saphyr::from_str(&values).unwrap();
+    let guide = fs::read_to_string(format!("{ROOT}/docs/install.md")).unwrap();
+    let schema = fs::read(format!("{ROOT}/deploy/chart/gambeson/values.schema.json")).unwrap();
+    let schema: Value = serde_json::from_slice(&schema).unwrap();
+    let mut all = Vec::new();
+    paths("", &values, &mut all);
+    assert!(all.len() > 30, "{all:?}");
+    for path in all {
+        let pointer = path.replace('.', "/properties/");
+        let known = schema.pointer(&format!("/properties/{pointer}")).is_some();
+        // Of these an operator's own keys are inside.
+        let free = ["seLinuxOptions", "nodeSelector"].iter().any(|name| path.starts_with(name));
+        assert!(known || free, "{path} is not in the schema");
+        let short = path.rsplit('.').next().unwrap();
+        let parent = path.split('.').next().unwrap();
+        let named = guide.contains(&format!("`{path}`"))
+            || guide.contains(&format!("`.{short}`"))
+            || (free && guide.contains(&format!("`{parent}`")));
+        assert!(named, "{path} is not in docs/install.md");
+    }
+}

@@ -419,3 +419,28 @@ fn options_that_cannot_be_are_refused_before_anything_is_touched() {
     assert!(!touched.contains("gambeson") && !touched.contains("10.244"), "{touched}");
     assert!(!node.host_path(Path::new(KEY_FILE)).exists());
 }
+
+/// The commands of docs/install.md that take everything off a node.
+#[test]
+fn the_documented_removal_leaves_nothing_in_the_kernel() {
+    let guide = include_str!("../docs/install.md");
+    let script = guide.split("```sh\n").find(|block| block.starts_with("nft delete")).unwrap();
+    let script = script.split("```").next().unwrap();
+    // Its files are the host's in a lab.
+    let (kernel, files) = script.split_once("rm -r ").unwrap();
+    for file in ["10-flannel.conflist", "gambeson-cni", "/var/lib/gambeson"] {
+        assert!(files.contains(file), "{file}");
+    }
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    node.stop_agent().unwrap();
+    node.exec(&["sh", "-c", kernel]).unwrap();
+    let left = shell(
+        node,
+        "nft list tables; ip rule; ip -6 rule; ip route show proto 151; \
+         ip -6 route show proto 151; ip -o link",
+    );
+    for word in ["inet gambeson", "1510", "unreachable", "gambeson0"] {
+        assert!(!left.contains(word), "{word} in {left}");
+    }
+}
