@@ -10,9 +10,9 @@ use crate::common::container::{Container, Kubelet};
 use crate::common::lab::lab_up;
 use crate::common::scenario::{options, run};
 
-fn kubelet() -> Kubelet {
+fn kubelet(lab: &Lab) -> Kubelet {
     let (bin, conf) = (format!("cni.binDir={BIN_DIR}"), format!("cni.confDir={CONF_DIR}"));
-    Kubelet::new(rendered(&[&bin, &conf, "iface=eth0", "wireguard=userspace"]))
+    Kubelet::new(lab, rendered(&[&bin, &conf, "iface=eth0", "wireguard=userspace"]))
 }
 
 fn empty_lab() -> Lab {
@@ -37,7 +37,8 @@ fn bring_up(lab: &Lab, kubelet: &Kubelet) -> Vec<[Container; 2]> {
 
 #[test]
 fn the_pods_of_the_chart_make_an_encrypted_mesh() {
-    let (lab, kubelet) = (empty_lab(), kubelet());
+    let lab = empty_lab();
+    let kubelet = kubelet(&lab);
     let pods = bring_up(&lab, &kubelet);
     let verification = lab.verify(&Progress::silent()).unwrap();
     assert!(verification.ok, "{verification:#?}");
@@ -49,6 +50,9 @@ fn the_pods_of_the_chart_make_an_encrypted_mesh() {
         assert!(text.status.success());
         let rights = agent.exec(&["/usr/sbin/nft", "list", "tables"]);
         assert!(rights.status.success());
+        // What `helm test` runs.
+        let (content, log) = kubelet.complete(node, "gambeson-audit");
+        assert!(content && log.contains("admission: enforced"), "{log}");
         // The plugins that came with the image let a runtime ask whether pods may start.
         let conflist = run(&node.environment(), &format!("cat {CONF_DIR}/10-flannel.conflist"));
         assert!(conflist.contains("\"cniVersion\": \"1.1.0\""), "{conflist}");
@@ -57,7 +61,8 @@ fn the_pods_of_the_chart_make_an_encrypted_mesh() {
 
 #[test]
 fn pods_that_are_killed_and_replaced_lose_nothing() {
-    let (lab, kubelet) = (empty_lab(), kubelet());
+    let lab = empty_lab();
+    let kubelet = kubelet(&lab);
     let mut pods = bring_up(&lab, &kubelet);
     let pair = (lab.pod("pod-1-1").unwrap(), lab.pod("pod-2-1").unwrap());
     let rate = Rate { packets_per_second: 1000, payload: 256 };
@@ -86,7 +91,8 @@ fn pods_that_are_killed_and_replaced_lose_nothing() {
 
 #[test]
 fn a_newer_tunnel_pod_is_ready_only_once_the_older_serves_nothing() {
-    let (lab, kubelet) = (empty_lab(), kubelet());
+    let lab = empty_lab();
+    let kubelet = kubelet(&lab);
     let mut pods = bring_up(&lab, &kubelet);
     let node = lab.node("node-1").unwrap();
     let newer = kubelet.start(node, "gambeson-tunnel", "second");

@@ -50,6 +50,8 @@ if [ "$purpose" = test ]; then
     by_command iptables-nft iptables
     by_command depmod kmod
     by_command runc runc
+    by_command socat socat
+    by_command openssl openssl
     by_command npm npm
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
     if ! command -v busybox >/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use gambeson_mesh::session::DeviceName;
 use tracing::{info, warn};
 
+use crate::exit::Exit;
+
 use super::protocol::{LONGEST, PATIENCE, Reply, Request, START, sockets};
 use crate::files;
 
@@ -214,7 +216,14 @@ fn why(device: DeviceName, status: ExitStatus, last: &LastLine) -> String {
     thread::sleep(POLL);
     let line = last.lock().unwrap_or_else(PoisonError::into_inner);
     let line = line.trim_start_matches("gambeson: ");
-    format!("the process of {device} ended ({status}): {line}")
+    let codes = [Exit::NoTun, Exit::NoPermission].map(|exit| exit as i32);
+    let remedy = if status.code().is_some_and(|code| codes.contains(&code)) {
+        "; a container gets no /dev/net/tun from runc 1.2.0 to 1.2.3 and crun before 1.20: update \
+         it, or set tunnel.privileged of the chart"
+    } else {
+        ""
+    };
+    format!("the process of {device} ended ({status}): {line}{remedy}")
 }
 
 fn answers(device: DeviceName) -> bool {

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use gambeson_lab::Node;
+use gambeson_lab::{Lab, Node};
 use serde_json::{Value, json};
 
 use super::image::{config, made, unpack};
-use super::lab::both;
+use super::lab::{both, stdout_of};
 use super::scenario::within;
 
 /// The default profile of Podman and CRI-O, which Debian has in golang-github-containers-common.
@@ -24,7 +24,14 @@ pub(crate) struct Kubelet {
     folder: tempfile::TempDir,
     image: Value,
     objects: Vec<Value>,
+    api_server: Child,
 }
+
+/// Where pods find the API server: the hub of a lab without a router.
+const API_SERVER: &str = "192.168.240.254";
+const API_PORT: &str = "443";
+/// Where a pod finds its token and whom to trust.
+const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 /// A running container, ended with the test.
 pub(crate) struct Container {
@@ -45,14 +52,16 @@ fn text(value: &Value) -> &str {
 }
 
 impl Kubelet {
-    pub(crate) fn new(objects: Vec<Value>) -> Self {
+    /// On the nodes of this lab.
+    pub(crate) fn new(lab: &Lab, objects: Vec<Value>) -> Self {
         assert!(Path::new(SECCOMP).exists(), "{SECCOMP} is missing: run `make setup`");
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("root");
         fs::create_dir(&root).unwrap();
         let archive = made("gambeson.tar");
         unpack(&archive, &root);
-        Self { folder, image: config(&archive), objects }
+        let api_server = speak_tls(lab, folder.path());
+        Self { folder, image: config(&archive), objects, api_server }
     }
 
     fn object(&self, kind: &str, name: &str) -> &Value {
@@ -70,6 +79,14 @@ impl Kubelet {
             assert!(status.success(), "{}", fs::read_to_string(&init.log).unwrap());
         }
         self.run(node, pod, &pod["containers"][0], uid)
+    }
+
+    /// Runs the container of a Pod to its end, and gives whether it was content, and its log.
+    pub(crate) fn complete(&self, node: Node<'_>, pod: &str) -> (bool, String) {
+        let pod = &self.object("Pod", pod)["spec"];
+        let mut container = self.run(node, pod, &pod["containers"][0], "once");
+        let status = container.child.wait().unwrap();
+        (status.success(), container.log())
     }
 
     fn run(&self, node: Node<'_>, pod: &Value, container: &Value, uid: &str) -> Container {
@@ -116,7 +133,8 @@ impl Kubelet {
         let own = environment.iter().map(|(name, value)| format!("{name}={value}"));
         let env: Vec<String> = env.chain(own).collect();
         let security = &container["securityContext"];
-        assert_eq!((&security["runAsUser"], &security["privileged"]), (&json!(0), &Value::Null));
+        assert_eq!(security["privileged"], Value::Null);
+        let (uid, gid) = (&security["runAsUser"], security["runAsGroup"].as_u64().unwrap_or(0));
         assert_eq!(security["capabilities"]["drop"], json!(["ALL"]));
         let add = array(&security["capabilities"]["add"]);
         let capabilities: Vec<_> = add.map(|name| format!("CAP_{}", text(name))).collect();
@@ -124,7 +142,7 @@ impl Kubelet {
         json!({
             "ociVersion": "1.0.2",
             "process": {
-                "user": { "uid": 0, "gid": security["runAsGroup"] },
+                "user": { "uid": uid, "gid": gid },
                 "args": args,
                 "env": env,
                 "cwd": "/",
@@ -170,8 +188,9 @@ impl Kubelet {
             };
             all.insert(text(&variable["name"]).to_owned(), value);
         }
-        // The lab's API server speaks no TLS, as a pod would want it.
-        all.insert("KUBECONFIG".to_owned(), "/run/gambeson/kubeconfig".to_owned());
+        for (name, value) in [("HOST", API_SERVER), ("PORT", API_PORT)] {
+            all.insert(format!("KUBERNETES_SERVICE_{name}"), value.to_owned());
+        }
         all
     }
 
@@ -183,6 +202,14 @@ impl Kubelet {
             json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs",
                     "options": ["nosuid", "noexec", "nodev", "ro"] }),
         ];
+        if pod["automountServiceAccountToken"] != false {
+            let user = container["securityContext"]["runAsUser"].as_u64();
+            let user = user.and_then(|user| u32::try_from(user).ok());
+            mounts.push(json!({
+                "destination": SERVICE_ACCOUNT, "type": "bind", "options": ["bind", "ro"],
+                "source": self.service_account(node, bundle, user),
+            }));
+        }
         for mount in array(&container["volumeMounts"]) {
             let is_it = |volume: &&Value| volume["name"] == mount["name"];
             let volume = array(&pod["volumes"]).find(is_it).unwrap();
@@ -205,6 +232,19 @@ impl Kubelet {
         mounts.into()
     }
 
+    fn service_account(&self, node: Node<'_>, bundle: &Path, user: Option<u32>) -> PathBuf {
+        let folder = bundle.join("service-account");
+        fs::create_dir(&folder).unwrap();
+        let token = node.host_path(Path::new("/run/gambeson/token"));
+        for (from, to) in [(token, "token"), (self.folder.path().join("ca.crt"), "ca.crt")] {
+            fs::copy(from, folder.join(to)).unwrap();
+            // As a kubelet does where all containers run as the same user.
+            std::os::unix::fs::chown(folder.join(to), user, None).unwrap();
+        }
+        fs::write(folder.join("namespace"), "kube-system").unwrap();
+        folder
+    }
+
     fn config_map(&self, name: &str, bundle: &Path) -> PathBuf {
         let folder = bundle.join(name);
         fs::create_dir(&folder).unwrap();
@@ -213,6 +253,36 @@ impl Kubelet {
         }
         folder
     }
+}
+
+impl Drop for Kubelet {
+    fn drop(&mut self) {
+        let _ = self.api_server.kill();
+        let _ = self.api_server.wait();
+    }
+}
+
+/// Has the lab's API server answer by TLS, as pods ask it.
+fn speak_tls(lab: &Lab, folder: &Path) -> Child {
+    let (certificate, key) = (folder.join("ca.crt"), folder.join("key.pem"));
+    let mut openssl = Command::new("openssl");
+    openssl
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"])
+        .args(["-days", "2", "-subj", "/CN=lab", "-addext", "basicConstraints=critical,CA:FALSE"])
+        .args(["-addext", &format!("subjectAltName=IP:{API_SERVER}")])
+        .arg("-keyout")
+        .arg(&key)
+        .arg("-out")
+        .arg(&certificate);
+    stdout_of(&mut openssl);
+    let both = [&key, &certificate].map(|file| fs::read(file).unwrap()).concat();
+    let pem = folder.join("server.pem");
+    fs::write(&pem, both).unwrap();
+    let listen =
+        format!("OPENSSL-LISTEN:{API_PORT},fork,reuseaddr,verify=0,cert={}", pem.display());
+    let mut socat = Command::new("socat");
+    socat.args([&listen, "TCP:127.0.0.1:6443"]).stdin(Stdio::null()).stderr(Stdio::null());
+    lab.hub().spawn(&mut socat).unwrap()
 }
 
 /// The default profile, for a process with these capabilities.
