@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use gambeson::status::{Admission, Status};
 use gambeson_lab::api::admission::{Policies, Review, User};
-use gambeson_lab::{Options, WireguardMode};
+use gambeson_lab::{Lab, Options, WireguardMode};
 use serde_json::{Value, json};
 
 use crate::chart::rendered;
@@ -319,29 +319,24 @@ fn missing_policies_are_said_and_decide_where_they_are_required() {
 /// What `helm test` runs in a pod.
 #[test]
 fn an_audit_finds_what_is_not_in_the_mesh() {
-    let lab = lab_up(small());
-    let node = lab.node("node-1").unwrap();
-    let audit = |wait: &str| {
+    let audit = |lab: &Lab, wait: &str| {
         let kubeconfig = "/run/gambeson/kubeconfig";
         let command = format!(
             "NODE_NAME=node-1 exec {GAMBESON} audit --kubeconfig {kubeconfig} --wait {wait}"
         );
-        node.exec(&["sh", "-c", &command]).unwrap()
+        lab.node("node-1").unwrap().exec(&["sh", "-c", &command]).unwrap()
     };
-    let well = audit("20");
+    let lab = lab_up(small());
+    let well = audit(&lab, "20");
     assert!(well.status.success(), "{}", both(&well));
     assert!(both(&well).contains("2 Nodes") && both(&well).contains("admission: enforced"));
     lab.api().unwrap().create_node(&stranger(90)).unwrap();
-    let bad = audit("0");
+    let bad = audit(&lab, "0");
     assert_eq!(bad.status.code(), Some(8), "{}", both(&bad));
     assert!(both(&bad).contains("Node stranger-90 has the condition MeshReady=(none)"));
 
     let lab = lab_up(Options { admission: false, ..small() });
-    let node = lab.node("node-1").unwrap();
-    let command = format!(
-        "NODE_NAME=node-1 exec {GAMBESON} audit --kubeconfig /run/gambeson/kubeconfig --wait 3"
-    );
-    let open = node.exec(&["sh", "-c", &command]).unwrap();
+    let open = audit(&lab, "3");
     assert_eq!(open.status.code(), Some(8), "{}", both(&open));
     assert!(both(&open).contains("deploy/gambeson.yaml"), "{}", both(&open));
 }

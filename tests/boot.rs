@@ -62,7 +62,6 @@ fn after_a_reboot_no_pod_comes_before_the_guard() {
     assert!(ConfList::first_on(&node.environment()).unwrap().is_none());
     // A runtime that has read the configuration before: the plugin itself refuses.
     let kept = run(&node.environment(), "cat /var/lib/gambeson/10-flannel.conflist");
-    fs::create_dir_all(node.host_path(Path::new("/run/gambeson"))).unwrap();
     fs::write(node.host_path(Path::new("/run/gambeson/10-flannel.conflist")), kept).unwrap();
     let early = ConfList::first_on(&node.environment()).unwrap().unwrap();
     let refused = node.attach(&early, node.pods()[0]).unwrap_err().to_string();

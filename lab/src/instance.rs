@@ -309,12 +309,8 @@ impl Node<'_> {
         let pods: Vec<_> = self.pods().iter().map(|pod| pod.netns()).collect();
         let all = [&[self.netns()][..], &pods].concat();
         let identities: Vec<_> = all.iter().filter_map(Netns::identity).collect();
-        loop {
-            let processes = process::in_namespaces(&identities);
-            if processes.is_empty() {
-                break;
-            }
-            end(&processes, Signal::SIGKILL, "a process of the node")?;
+        if !process::kill_all(|| process::in_namespaces(&identities)) {
+            return Err(LabError::Stuck("a process of the node".to_owned()));
         }
         for netns in &all {
             teardown::remove_netns(&netns.path())?;

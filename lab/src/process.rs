@@ -57,6 +57,20 @@ pub(super) fn end(processes: &[ProcessId], signal: Signal) -> bool {
     ended()
 }
 
+/// Kills what is found until nothing is. One that was just about to start another leaves that
+/// one for the next round. False when one of them would not end.
+pub(super) fn kill_all(find: impl Fn() -> Vec<ProcessId>) -> bool {
+    loop {
+        let processes = find();
+        if processes.is_empty() {
+            return true;
+        }
+        if !end(&processes, Signal::SIGKILL) {
+            return false;
+        }
+    }
+}
+
 /// All processes in the network namespaces with these identities.
 pub(super) fn in_namespaces(identities: &[(u64, u64)]) -> Vec<ProcessId> {
     let pids = fs::read_dir("/proc").into_iter().flatten().flatten();

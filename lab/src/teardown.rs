@@ -7,7 +7,6 @@ use std::thread;
 use std::time::Duration;
 
 use nix::mount::{MntFlags, umount2};
-use nix::sys::signal::Signal;
 
 use super::error::{LabError, file_error};
 use super::layout::{NETNS_ROOT, STATE_ROOT, is_netns_of, state_dir};
@@ -67,17 +66,9 @@ fn namespaces_of(name: &LabName) -> Vec<Netns> {
 }
 
 fn end_processes(name: &LabName, state: Option<&State>) -> Result<(), LabError> {
-    loop {
-        let processes = processes_of(name, state);
-        if processes.is_empty() {
-            return Ok(());
-        }
-        // There is nothing that they could put in order which does not go anyway. One that was
-        // just about to start another leaves that one for the next round.
-        if !process::end(&processes, Signal::SIGKILL) {
-            return Err(LabError::Stuck("a process of the lab".to_owned()));
-        }
-    }
+    // There is nothing that they could put in order which does not go anyway.
+    let ended = process::kill_all(|| processes_of(name, state));
+    if ended { Ok(()) } else { Err(LabError::Stuck("a process of the lab".to_owned())) }
 }
 
 /// What runs in the namespaces, and the API server, which runs outside.

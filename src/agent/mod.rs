@@ -20,7 +20,6 @@ use std::time::{Duration, Instant};
 
 use gambeson_mesh::NodeName;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::spawn_blocking;
 use tokio::time::{sleep, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
@@ -37,7 +36,6 @@ use crate::cluster::{
     AdmissionTest, Backoff, Connector, EventWriter, NodeStore, NodeWatch, Publication, Publisher,
     Recorder,
 };
-use crate::cni::versions;
 use crate::config::{Config, NodeIdentity, Options};
 use crate::http::{self, Reconciles};
 use crate::rounds::Rounds;
@@ -97,10 +95,6 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     };
     // Before anything is known of the cluster, and before its API server answers.
     reconciler.close().await?;
-    let plugins = config.cni_bin_dir.clone();
-    if let Ok(version) = spawn_blocking(move || versions::spoken_in(&plugins)).await {
-        reconciler.set_cni_version(version);
-    }
     let node = tokio::select! {
         node = find_node(&connector, &config.node, &mut reconciler) => node?,
         () = &mut shutdown => return Ok(()),

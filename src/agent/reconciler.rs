@@ -15,6 +15,7 @@ use gambeson_mesh::topology::{Mesh, Topology};
 use gambeson_mesh::transport;
 use ipnet::IpNet;
 use tokio::sync::watch;
+use tokio::task::spawn_blocking;
 use tracing::{debug, info, warn};
 
 use super::words::{self, chain, describe};
@@ -22,7 +23,7 @@ use super::{AgentError, overlap, preflight};
 use crate::apply::{ApplyError, Kernel};
 use crate::cluster::{NodeStore, Publication};
 use crate::cni::link::Places;
-use crate::cni::versions::OLDEST;
+use crate::cni::versions;
 use crate::config::{Config, WireGuardMode};
 use crate::subnet_env::SubnetEnv;
 use crate::underlay::{self, Families, Underlay};
@@ -35,9 +36,10 @@ const NO_LIST: &str = "the list of Nodes from the API server";
 pub(super) struct Reconciler {
     config: Config,
     kernel: Kernel,
-    /// Of the CNI configuration, and the version of the specification that it is in.
+    /// Of the CNI configuration.
     places: Places,
-    cni_version: &'static str,
+    /// Of the CNI specification, which the node's plugins speak; asked at the first handing over.
+    cni_version: Option<&'static str>,
     key_store: KeyStore,
     keys: Option<KeyRing>,
     implementation: Option<Implementation>,
@@ -102,7 +104,7 @@ impl Reconciler {
             config,
             kernel,
             places,
-            cni_version: OLDEST,
+            cni_version: None,
             key_store,
             keys: None,
             implementation: None,
@@ -132,11 +134,6 @@ impl Reconciler {
     pub(super) fn load_keys(&mut self) -> Result<(), AgentError> {
         self.keys = self.key_store.load()?;
         Ok(())
-    }
-
-    /// Takes in which version of the CNI specification the plugins of this node speak.
-    pub(super) fn set_cni_version(&mut self, version: &'static str) {
-        self.cni_version = version;
     }
 
     /// Packets that the guard stopped, if it can be asked.
@@ -213,7 +210,7 @@ impl Reconciler {
         let clean = self.execute(&plan, &mut pass).await?;
         let in_place = clean || is_in_place(&desired, &observed);
         self.started = true;
-        self.hand_over(&local, in_place, &mut pass);
+        self.hand_over(&local, in_place, &mut pass).await;
         self.check_networks(&mut pass).await;
         match &inputs.own {
             Some(_) => publish(publication, &local, self.ready),
@@ -519,13 +516,14 @@ impl Reconciler {
     }
 
     /// Tells the CNI plugin and the container runtime, once packets cannot leave in clear.
-    fn hand_over(&mut self, local: &Local, in_place: bool, pass: &mut Pass) {
+    async fn hand_over(&mut self, local: &Local, in_place: bool, pass: &mut Pass) {
         if !in_place && !self.ready {
             return;
         }
+        let version = self.cni_version().await;
         let handed = self.write_subnet_env(local).and_then(|()| {
             let places = &self.places;
-            let changed = places.hand_over(&self.config.bridge, self.cni_version);
+            let changed = places.hand_over(&self.config.bridge, version);
             if changed.map_err(|error| chain(&error))? {
                 info!(folder = %places.conf_dir.display(), "wrote the CNI configuration");
             }
@@ -536,6 +534,16 @@ impl Reconciler {
             Err(problem) => pass.problems.push(problem),
         }
         pass.ready = self.ready;
+    }
+
+    /// Programs are run for it, once: not before the mesh is there.
+    async fn cni_version(&mut self) -> &'static str {
+        if let Some(version) = self.cni_version {
+            return version;
+        }
+        let plugins = self.config.cni_bin_dir.clone();
+        let asked = spawn_blocking(move || versions::spoken_in(&plugins)).await;
+        *self.cni_version.insert(asked.unwrap_or(versions::OLDEST))
     }
 
     fn write_subnet_env(&self, local: &Local) -> Result<(), String> {

@@ -12,7 +12,7 @@ use nix::libc::{
 };
 
 use super::netlink::{attributes, split_message};
-use super::{ApplyError, generation};
+use super::{ApplyError, nfnetlink};
 
 /// `NFNLGRP_NFTABLES` of linux/netfilter/nfnetlink.h.
 const NFTABLES_GROUP: u32 = 7;
@@ -130,8 +130,8 @@ fn is_relevant(message: &[u8]) -> bool {
         (RTM_NEWROUTE | RTM_DELROUTE, _) => {
             message.get(RTM_TABLE).is_none_or(|table| *table == RT_TABLE_MAIN)
         }
-        (_, subsystem) if subsystem == u16::from(generation::NFTABLES) => {
-            let body = message.get(generation::HEADER_BYTES..).unwrap_or_default();
+        (_, subsystem) if subsystem == u16::from(nfnetlink::NFTABLES) => {
+            let body = message.get(nfnetlink::HEADER_BYTES..).unwrap_or_default();
             let is_chain = kind & 0xff == NEW_CHAIN;
             attributes(body).any(|(kind, value)| {
                 (kind == NFT_TABLE_NAME && value == OUR_TABLE.to_bytes_with_nul())

@@ -9,6 +9,7 @@ mod events;
 mod generation;
 pub(crate) mod link;
 pub(crate) mod netlink;
+pub(crate) mod nfnetlink;
 mod nft;
 pub(crate) mod route;
 mod rule;
@@ -30,6 +31,7 @@ use tokio::time::timeout;
 
 pub use error::ApplyError;
 pub use events::Events;
+pub(crate) use nft::GUARD_CHAIN;
 pub use nft::GuardDrops;
 
 use netlink::Netlink;

@@ -3,18 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use gambeson_mesh::node::annotation;
 use kube::Api;
-use kube::api::ListParams;
 
 use super::admission::ask;
 use super::connect::{Connector, RequestError};
 use super::object::NodeObject;
 use super::store::{CONDITIONS, MESH_ENCRYPTED, MESH_READY};
 use crate::status::Admission;
-
-/// Nodes per page of a list.
-const PAGE: u32 = 500;
-const PUBLIC_KEY: &str = "public-key";
 
 /// What was looked at, and what is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,16 +33,7 @@ pub async fn audit(
     own: Option<&str>,
 ) -> Result<Audit, RequestError> {
     let api: Api<NodeObject> = Api::all(connector.client().await?);
-    let mut params = ListParams::default().limit(PAGE);
-    let mut nodes = Vec::new();
-    loop {
-        let page = connector.in_time(api.list(&params)).await?;
-        nodes.extend(page.items);
-        params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
-        if params.continue_token.is_none() {
-            break;
-        }
-    }
+    let (nodes, _) = connector.list(&api).await?;
     let mut findings = judge(&nodes, prefix);
     let other = nodes.iter().map(NodeObject::name).find(|name| Some(*name) != own);
     let admission = match other {
@@ -64,7 +51,7 @@ fn judge(nodes: &[NodeObject], prefix: &str) -> Vec<String> {
     let mut owners: BTreeMap<String, &str> = BTreeMap::new();
     for node in nodes {
         let name = node.name();
-        let Some(key) = node.record(prefix).annotations.remove(PUBLIC_KEY) else {
+        let Some(key) = node.record(prefix).annotations.remove(annotation::PUBLIC_KEY) else {
             findings.push(format!(
                 "Node {name} publishes no key: see whether the DaemonSet gambeson has a pod there"
             ));

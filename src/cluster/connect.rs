@@ -1,5 +1,6 @@
 //! The way to the API server, and how an attempt to use it can fail.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,9 +11,11 @@ use axum::http::header::RETRY_AFTER;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use k8s_openapi::api::core::v1::Pod;
+use kube::api::ListParams;
 use kube::client::{Body, ConfigExt as _};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
+use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep_until, timeout};
 use tower::{BoxError, ServiceBuilder};
 
@@ -27,6 +30,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const SILENCE: Duration = Duration::from_secs(8);
 const PROBE_INTERVAL: Duration = Duration::from_secs(4);
 const PROBES: u32 = 3;
+/// Objects per page of a list.
+const PAGE: u32 = 500;
 /// The API server's `Retry-After` is heeded up to this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
@@ -154,6 +159,27 @@ impl Connector {
         let pods: Api<Pod> = Api::namespaced(self.client().await?, namespace);
         let pod = self.in_time(pods.get(name)).await?;
         Ok(pod.spec.and_then(|spec| spec.node_name))
+    }
+
+    /// Every object of a kind, page by page, and the version to watch from.
+    pub(super) async fn list<K>(
+        &self,
+        api: &Api<K>,
+    ) -> Result<(Vec<K>, Option<String>), RequestError>
+    where
+        K: Clone + fmt::Debug + DeserializeOwned,
+    {
+        let mut params = ListParams::default().limit(PAGE);
+        let mut objects = Vec::new();
+        loop {
+            let page = self.in_time(api.list(&params)).await?;
+            objects.extend(page.items);
+            params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+            if params.continue_token.is_none() {
+                let version = page.metadata.resource_version.filter(|v| !v.is_empty());
+                return Ok((objects, version));
+            }
+        }
     }
 
     /// Waits for as long as the API server has asked to be left alone.

@@ -15,7 +15,7 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt};
 use gambeson_mesh::topology::Implausible;
 use kube::Api;
-use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::api::{WatchEvent, WatchParams};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info, warn};
@@ -30,8 +30,6 @@ use super::store::NodeStore;
 const WATCH_SECONDS: u32 = 120;
 /// On top of that, before a watch that did not end counts as dead.
 const WATCH_MARGIN: Duration = Duration::from_secs(5);
-/// Nodes per page of a list.
-const PAGE: u32 = 500;
 /// Waits after a failure.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
@@ -145,22 +143,11 @@ impl NodeWatch {
     }
 
     async fn list(&self, api: &Api<NodeObject>) -> Result<String, WatchError> {
-        let mut params = ListParams::default().limit(PAGE);
-        let mut nodes = Vec::new();
-        loop {
-            let page = self.connector.in_time(api.list(&params)).await?;
-            nodes.extend(page.items);
-            let token = page.metadata.continue_.filter(|token| !token.is_empty());
-            if token.is_some() {
-                params.continue_token = token;
-                continue;
-            }
-            let version = page.metadata.resource_version.filter(|v| !v.is_empty());
-            let version = version.ok_or(WatchError::NoVersion)?;
-            self.store.replace(&nodes, version.parse().ok())?;
-            debug!(nodes = nodes.len(), version, "listed the Nodes");
-            return Ok(version);
-        }
+        let (nodes, version) = self.connector.list(api).await?;
+        let version = version.ok_or(WatchError::NoVersion)?;
+        self.store.replace(&nodes, version.parse().ok())?;
+        debug!(nodes = nodes.len(), version, "listed the Nodes");
+        Ok(version)
     }
 
     async fn watch(

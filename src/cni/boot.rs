@@ -24,17 +24,21 @@ pub(super) fn forget_leases(run_dir: &Path, delegate: &Delegate) -> io::Result<(
         return Ok(());
     }
     let leases = delegate.leases_dir();
-    if leases.is_dir() {
-        // host-local's own lock.
-        let lock = File::options().create(true).append(true).open(leases.join("lock"))?;
-        let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
-        // Another pod may have been first.
-        if !mark.exists() && if_nametoindex(delegate.bridge()).is_err() {
-            remove_leases(&leases)?;
-        }
-        return files::write_atomic(&mark, b"", 0o644);
+    // host-local's own lock, until the mark is there.
+    let lock = match File::options().create(true).append(true).open(leases.join("lock")) {
+        Ok(lock) => Some(Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?),
+        Err(error) if no_folder(&error) => None,
+        Err(error) => return Err(error),
+    };
+    // Another pod may have been first.
+    if lock.is_some() && !mark.exists() && if_nametoindex(delegate.bridge()).is_err() {
+        remove_leases(&leases)?;
     }
     files::write_atomic(&mark, b"", 0o644)
+}
+
+fn no_folder(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 /// The file that keeps addresses from being used again at once stays.

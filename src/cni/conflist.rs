@@ -66,11 +66,9 @@ pub(super) fn wanted(
 /// Whether it is ours for this bridge, but for the version.
 fn is_default(list: &Value, bridge: &str) -> bool {
     let mut default: Value = serde_json::from_str(DEFAULT).unwrap_or_default();
-    if bridge != DEFAULT_BRIDGE {
-        default["plugins"][0]["delegate"]["bridge"] = bridge.into();
-    }
+    let adjusted = default["plugins"][0].as_object_mut().map(|plugin| adjust(plugin, bridge));
     default["cniVersion"] = list["cniVersion"].clone();
-    *list == default
+    adjusted == Some(Ok(())) && *list == default
 }
 
 /// Where our plugin, or Flannel's, is in the list.

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use gambeson_mesh::session::DeviceName;
+use gambeson_tunnel::SOCKET_DIRECTORY;
 use tracing::{info, warn};
 
 use crate::exit::Exit;
@@ -227,5 +228,5 @@ fn why(device: DeviceName, status: ExitStatus, last: &LastLine) -> String {
 }
 
 fn answers(device: DeviceName) -> bool {
-    UnixStream::connect(format!("/var/run/wireguard/{device}.sock")).is_ok()
+    UnixStream::connect(Path::new(SOCKET_DIRECTORY).join(format!("{device}.sock"))).is_ok()
 }

@@ -24,6 +24,7 @@ use tokio::time::timeout;
 
 use super::{ApplyError, generation};
 pub(super) use forward::{accept as accept_forwarded, observe as observe_forwarded};
+pub(crate) use render::OUT as GUARD_CHAIN;
 use render::{IN, OUT, fits, render, render_anew};
 
 /// It takes some ten milliseconds; then it hangs.

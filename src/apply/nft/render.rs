@@ -12,7 +12,7 @@ use crate::apply::ApplyError;
 
 const TABLE: &str = "inet gambeson";
 /// Chain and counter of packets that would leave.
-pub(super) const OUT: &str = "guard_out";
+pub(crate) const OUT: &str = "guard_out";
 /// Chain and counter of packets that arrive.
 pub(super) const IN: &str = "guard_in";
 /// `masquerade` itself is a word of nft's language.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use gambeson_mesh::desired::LINK_ALIAS;
 use gambeson_mesh::session::DeviceName;
+use gambeson_tunnel::SOCKET_DIRECTORY;
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use tokio::io::AsyncReadExt as _;
@@ -17,8 +18,6 @@ use tokio::time::{sleep, timeout};
 use crate::apply::ApplyError;
 use crate::supervisor::Supervisors;
 
-/// Where userspace WireGuard implementations put their sockets.
-const SOCKETS: &str = "/var/run/wireguard";
 /// A device takes this long to get ready at most.
 const START: Duration = Duration::from_secs(10);
 /// A process whose device is gone ends within this time, or is killed.
@@ -27,7 +26,7 @@ const POLL: Duration = Duration::from_millis(10);
 
 /// The configuration socket of a device.
 pub(super) fn socket(device: DeviceName) -> PathBuf {
-    Path::new(SOCKETS).join(format!("{device}.sock"))
+    Path::new(SOCKET_DIRECTORY).join(format!("{device}.sock"))
 }
 
 /// Who starts the process of a userspace device.

@@ -76,3 +76,23 @@ affinity: {{- toYaml . | nindent 2 }}
   value: {{ . | quote }}
 {{- end }}
 {{- end -}}
+
+{{/* A container that runs as root with one capability, `add`, and no other right; `privileged` is for runtimes that want it. */}}
+{{- define "gambeson.security" -}}
+runAsUser: 0
+runAsGroup: 0
+readOnlyRootFilesystem: true
+{{- if .privileged }}
+privileged: true
+{{- else }}
+allowPrivilegeEscalation: false
+capabilities:
+  drop: [ALL]
+  add: [{{ .add }}]
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+{{- with .root.Values.seLinuxOptions }}
+seLinuxOptions: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
