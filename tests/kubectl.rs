@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use gambeson_lab::{Lab, Options};
+use gambeson_lab::{CONF_DIR, Lab, Options};
 use serde_json::Value;
 
 use crate::common::agent::{eventually, peers, status_when, stranger, userspace};
@@ -63,6 +64,19 @@ fn kubectl_shows_and_changes_what_agents_publish_and_follow() {
     assert!(events.contains(&format!("Node node-2: annotation {keepalive} is")), "{events}");
     kubectl(&lab, &["annotate", "node", "node-2", &format!("{keepalive}-")]);
     status_when(node, "is content", |status| status.warnings.is_empty());
+
+    // Another network, which runtimes would give to pods.
+    let other = node.host_path(Path::new(CONF_DIR)).join("05-other.conflist");
+    fs::write(&other, "{}").unwrap();
+    status_when(node, "warns of another network", |status| {
+        let warned = |warning: &String| warning.contains("05-other.conflist comes before");
+        status.ready && status.warnings.iter().any(warned)
+    });
+    eventually(node, "leaves an Event", || {
+        kubectl(&lab, &["get", "events", "-A"]).contains("NodeAdvice").then_some(())
+    });
+    fs::remove_file(&other).unwrap();
+    status_when(node, "is content again", |status| status.warnings.is_empty());
 
     // What the agent publishes it corrects.
     kubectl(&lab, &["annotate", "--overwrite", "node", "node-2", "gambeson.io/mtu=600"]);

@@ -112,6 +112,36 @@ fn fingerprint(path: &Path) -> (u32, u32, u64, Option<PathBuf>, Vec<u8>) {
     (metadata.mode(), metadata.uid(), metadata.ino(), target, content)
 }
 
+// A virtual machine whose default route leads through a NAT that no other node can reach.
+#[test]
+fn an_interface_that_other_nodes_do_not_know_is_said() {
+    let lab = lab();
+    let node = lab.node("node-1").unwrap();
+    shell(
+        node,
+        "ip link add nat0 type veth peer name nat0p && ip link set nat0p up
+        ip addr add 10.0.2.15/24 dev nat0 && ip link set nat0 up
+        ip route replace default via 10.0.2.2",
+    );
+    let run = |arguments: &str| {
+        let command = format!(
+            "NODE_NAME=node-1 timeout 3 {GAMBESON} agent --kubeconfig /run/gambeson/kubeconfig \
+             --cni-conf-dir /var/lib/lab/cni/net.d --cluster-cidr 10.244.0.0/16 \
+             --wireguard userspace {arguments}"
+        );
+        both(&node.exec(&["sh", "-c", &command]).unwrap())
+    };
+    let log = run("");
+    let warning = log.lines().find(|line| line.contains("InternalIP")).expect(&log);
+    for part in ["WARN", "nat0 with 10.0.2.15", "InternalIP is 192.168.240.1", "--iface"] {
+        assert!(warning.contains(part), "\"{part}\" is not in: {warning}");
+    }
+    for meant in ["--iface nat0", "--iface eth0"] {
+        let log = run(meant);
+        assert!(log.contains("ready") && !log.contains("InternalIP"), "{log}");
+    }
+}
+
 // Fault 13.
 #[test]
 fn a_key_file_that_is_not_as_it_was_left_is_refused_and_not_touched() {

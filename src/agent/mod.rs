@@ -5,6 +5,7 @@
 //! difference. Whatever ends the agent, the data plane and the guard stay as they are, and
 //! the next agent goes on from them.
 
+mod advice;
 mod device_watch;
 mod error;
 mod overlap;
@@ -70,6 +71,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let connector = Connector::new(config.kubeconfig.clone());
     check_networks(&config, &connector).await?;
     info!(version = crate::VERSION, "starting");
+    if let Some(advice) = advice::selinux() {
+        warn!("{advice}");
+    }
     if !config.unknown_keys.is_empty() {
         let keys = config.unknown_keys.join(", ");
         warn!(keys, "net-conf.json has keys that this version does nothing with");

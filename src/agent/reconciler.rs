@@ -19,7 +19,7 @@ use tokio::task::spawn_blocking;
 use tracing::{debug, info, warn};
 
 use super::words::{self, chain, describe};
-use super::{AgentError, overlap, preflight};
+use super::{AgentError, advice, overlap, preflight};
 use crate::apply::{ApplyError, Kernel};
 use crate::cluster::{NodeStore, Publication};
 use crate::cni::link::Places;
@@ -66,6 +66,8 @@ pub(super) struct Pass {
     pub(super) changes: Vec<String>,
     /// What did not work and is tried again.
     pub(super) problems: Vec<String>,
+    /// What works and is probably not meant on this host.
+    pub(super) advice: Vec<String>,
     /// Whether pods may be started.
     pub(super) ready: bool,
 }
@@ -212,6 +214,8 @@ impl Reconciler {
         self.started = true;
         self.hand_over(&local, in_place, &mut pass).await;
         self.check_networks(&mut pass).await;
+        let internal = store.nodes().own_addresses().to_owned();
+        pass.advice = advice::on_host(&self.config, &inputs.underlay, &internal);
         match &inputs.own {
             Some(_) => publish(publication, &local, self.ready),
             None => pass.waiting = Some(NO_LIST.to_owned()),

@@ -32,7 +32,7 @@ pub(super) struct Reporter {
     events: Recorder,
     peers: BTreeSet<NodeName>,
     refused: BTreeMap<NodeName, Refusal>,
-    warnings: BTreeSet<String>,
+    warnings: BTreeSet<(Reason, String)>,
     problems: BTreeSet<String>,
     waiting: Option<(String, Instant)>,
     ready: bool,
@@ -95,7 +95,7 @@ impl Reporter {
         if let Some(view) = &pass.view {
             self.report_peers(&view.mesh);
             self.report_refused(&view.mesh, &view.node_uid);
-            self.report_warnings(&view.mesh, &view.node_uid);
+            self.report_warnings(warnings(pass, &view.mesh).collect(), &view.node_uid);
         }
         if pass.ready && !self.ready {
             info!("ready");
@@ -177,13 +177,12 @@ impl Reporter {
         self.refused.clone_from(&mesh.refused);
     }
 
-    fn report_warnings(&mut self, mesh: &Mesh, node_uid: &str) {
-        let warnings: BTreeSet<String> = warnings(mesh).collect();
-        for warning in warnings.difference(&self.warnings) {
+    fn report_warnings(&mut self, warnings: BTreeSet<(Reason, String)>, node_uid: &str) {
+        for (reason, warning) in warnings.difference(&self.warnings) {
             warn!("{warning}");
             self.events.record(Note {
                 node_uid: node_uid.to_owned(),
-                reason: Reason::OptionIgnored,
+                reason: *reason,
                 message: warning.clone(),
             });
         }
@@ -230,15 +229,19 @@ impl Reporter {
             .collect();
         let admission = (self.admission == Admission::Missing).then_some(Admission::MISSING);
         let admission = admission.into_iter().map(str::to_owned);
-        status.warnings = admission.chain(warnings(mesh)).collect();
+        let warnings = warnings(pass, mesh).map(|(_, warning)| warning);
+        status.warnings = admission.chain(warnings).collect();
         status
     }
 }
 
-fn warnings(mesh: &Mesh) -> impl Iterator<Item = String> {
-    mesh.ignored.iter().flat_map(|(name, problems)| {
+fn warnings(pass: &Pass, mesh: &Mesh) -> impl Iterator<Item = (Reason, String)> {
+    let ignored = mesh.ignored.iter().flat_map(|(name, problems)| {
         problems.iter().map(move |problem| format!("Node {name}: {problem}; it counts as not set"))
-    })
+    });
+    let advice = pass.advice.iter().cloned();
+    let ignored = ignored.map(|warning| (Reason::OptionIgnored, warning));
+    ignored.chain(advice.map(|warning| (Reason::NodeAdvice, warning)))
 }
 
 /// What every Node goes through when it joins, and nobody has to look at.

@@ -1,3 +1,4 @@
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitStatus;
@@ -120,7 +121,7 @@ pub enum ApplyError {
     #[error("cannot run `nft`{}", nft_hint(source))]
     StartNft { source: io::Error },
     /// `nft` refused something.
-    #[error("`nft` failed to {operation}{}: {message}", denied_hint(message))]
+    #[error("`nft` failed to {operation}{}{}: {message}", denied_hint(message), kernel_hint())]
     Nft { operation: &'static str, message: String },
     /// `nft` did not end.
     #[error("`nft` did not {operation} within {seconds} s and was ended; see what holds it up")]
@@ -211,6 +212,25 @@ fn denied_hint(message: &str) -> &'static str {
     if message.contains(DENIED) { CAPABILITY } else { "" }
 }
 
+/// What the guard uses of nf_tables is in kernels from this one on.
+const OLDEST_KERNEL: (u32, u32) = (5, 13);
+
+fn kernel_hint() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease");
+    release.map(|release| hint_for_release(release.trim())).unwrap_or_default()
+}
+
+fn hint_for_release(release: &str) -> String {
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse().ok());
+    let (major, minor) = OLDEST_KERNEL;
+    match (numbers.next(), numbers.next()) {
+        (Some(first), Some(second)) if (first, second) < OLDEST_KERNEL => {
+            format!(" (this kernel is {release}; the guard needs {major}.{minor} or newer)")
+        }
+        _ => String::new(),
+    }
+}
+
 fn is_denied(error: &io::Error) -> bool {
     error.raw_os_error() == Some(nix::libc::EPERM)
 }
@@ -251,5 +271,21 @@ fn nft_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => " (install the package nftables)",
         _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_kernel_is_named_where_nft_fails() {
+        for old in ["4.18.0-553.el8_10.x86_64", "5.12.19", "5.4.0-200-generic"] {
+            let said = hint_for_release(old);
+            assert!(said.contains(old) && said.contains("5.13 or newer"), "{said}");
+        }
+        for new in ["5.13.0", "6.1.0-40-amd64", "10.0.1", "unknown", ""] {
+            assert_eq!(hint_for_release(new), "", "{new}");
+        }
     }
 }

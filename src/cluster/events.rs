@@ -1,5 +1,5 @@
 //! Events on this Node, so that `kubectl describe node` says which peers are refused and
-//! which options count as not set, and why.
+//! which options count as not set, and why, and what somebody should look at.
 
 use gambeson_mesh::NodeName;
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference};
@@ -32,12 +32,14 @@ pub struct Note {
 }
 
 /// The reason of an Event, by which programs tell them apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     /// A peer, or its newest state, is not used.
     PeerRefused,
     /// An option that somebody set on a Node cannot be used.
     OptionIgnored,
+    /// Something on this node works, and is probably not meant.
+    NodeAdvice,
 }
 
 impl Reason {
@@ -45,6 +47,7 @@ impl Reason {
         match self {
             Self::PeerRefused => "PeerRefused",
             Self::OptionIgnored => "OptionIgnored",
+            Self::NodeAdvice => "NodeAdvice",
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use gambeson_mesh::node::NodeRecord;
 use k8s_openapi::api::core::v1::Node;
@@ -16,9 +17,12 @@ const VALUE_MAX: usize = 512;
 const ANNOTATIONS_MAX: usize = 64;
 /// Most pod CIDRs that are kept per Node. Kubernetes allows two.
 const POD_CIDRS_MAX: usize = 8;
+/// Most addresses that are kept of the agent's own Node.
+const ADDRESSES_MAX: usize = 8;
+/// Type of the address that the kubelet was given, or found.
+const INTERNAL: &str = "InternalIP";
 
-/// A Node with only the fields that Gambeson reads; images, addresses and the rest are never
-/// parsed.
+/// A Node with only the fields that Gambeson reads; images and the rest are never parsed.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub struct NodeObject {
     /// Standard metadata.
@@ -42,6 +46,16 @@ struct Spec {
 struct Status {
     #[serde(default)]
     conditions: Option<Vec<Condition>>,
+    #[serde(default)]
+    addresses: Option<Vec<Address>>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Address {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    address: String,
 }
 
 /// A condition of the Node, as far as it is compared.
@@ -73,6 +87,13 @@ impl NodeObject {
     pub fn conditions(&self, kinds: &[&str]) -> Vec<Condition> {
         let all = self.status.conditions.iter().flatten();
         all.filter(|condition| kinds.contains(&condition.kind.as_str())).cloned().collect()
+    }
+
+    /// Those addresses at which the rest of the cluster reaches the Node.
+    pub fn internal_addresses(&self) -> Vec<IpAddr> {
+        let all = self.status.addresses.iter().flatten();
+        let internal = all.filter(|address| address.kind == INTERNAL);
+        internal.filter_map(|address| address.address.parse().ok()).take(ADDRESSES_MAX).collect()
     }
 
     /// What the mesh needs of this Node, with annotations below `prefix` and
@@ -190,6 +211,12 @@ mod tests {
             "status": {
                 "images": [{"names": ["x"]}],
                 "conditions": [{"type": "NetworkUnavailable", "status": "False", "reason": "A"}],
+                "addresses": [
+                    {"type": "Hostname", "address": "node-1"},
+                    {"type": "InternalIP", "address": "192.0.2.1"},
+                    {"type": "InternalIP", "address": "not one"},
+                    {"type": "ExternalIP", "address": "192.0.2.9"},
+                ],
             },
         }));
         let record = object.record("gambeson.io");
@@ -199,6 +226,7 @@ mod tests {
         assert_eq!(annotations, ["config/endpoint", "port"]);
         assert_eq!(object.version(), Some(7));
         assert_eq!(object.conditions(&["NetworkUnavailable"])[0].reason.as_deref(), Some("A"));
+        assert_eq!(object.internal_addresses(), ["192.0.2.1".parse::<IpAddr>().unwrap()]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The Nodes as last known, kept through outages and refused lists.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use gambeson_mesh::NodeName;
@@ -32,7 +33,7 @@ pub struct Nodes {
     own_name: NodeName,
     prefix: String,
     records: BTreeMap<NodeName, NodeRecord>,
-    own_conditions: Vec<Condition>,
+    own_status: OwnStatus,
     /// Resource version of the last list. Events at or below it are late.
     listed_at: u64,
     /// Resource version of the last event of each Node since then, of deleted ones too: what
@@ -41,6 +42,13 @@ pub struct Nodes {
     listed: bool,
     /// Nodes that the last list lacked for the first time, and that are kept until the next.
     doubtful: BTreeSet<NodeName>,
+}
+
+/// What the agent reads of its own Node alone.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct OwnStatus {
+    conditions: Vec<Condition>,
+    addresses: Vec<IpAddr>,
 }
 
 impl NodeStore {
@@ -93,6 +101,12 @@ impl NodeStore {
     }
 }
 
+impl OwnStatus {
+    fn of(node: &NodeObject) -> Self {
+        Self { conditions: node.conditions(&CONDITIONS), addresses: node.internal_addresses() }
+    }
+}
+
 impl Nodes {
     /// Every Node by name.
     pub fn records(&self) -> &BTreeMap<NodeName, NodeRecord> {
@@ -111,7 +125,12 @@ impl Nodes {
 
     /// Those conditions of the agent's own Node that agents write.
     pub fn own_conditions(&self) -> &[Condition] {
-        &self.own_conditions
+        &self.own_status.conditions
+    }
+
+    /// Those addresses of the agent's own Node at which the rest of the cluster reaches it.
+    pub fn own_addresses(&self) -> &[IpAddr] {
+        &self.own_status.addresses
     }
 
     /// Whether a list has been received since the agent started.
@@ -148,10 +167,10 @@ impl Nodes {
             }
         }
         let own = listed.iter().find(|node| node.name() == self.own_name);
-        let conditions = own.map(|node| node.conditions(&CONDITIONS)).unwrap_or_default();
-        let changed = !self.listed || records != self.records || conditions != self.own_conditions;
+        let own = own.map(OwnStatus::of).unwrap_or_default();
+        let changed = !self.listed || records != self.records || own != self.own_status;
         self.records = records;
-        self.own_conditions = conditions;
+        self.own_status = own;
         self.listed = true;
         self.listed_at = version.unwrap_or_default();
         self.seen.clear();
@@ -165,9 +184,9 @@ impl Nodes {
         }
         let mut changed = false;
         if record.name == self.own_name {
-            let conditions = node.conditions(&CONDITIONS);
-            changed |= conditions != self.own_conditions;
-            self.own_conditions = conditions;
+            let own = OwnStatus::of(node);
+            changed |= own != self.own_status;
+            self.own_status = own;
         }
         self.doubtful.remove(&record.name);
         if self.records.get(&record.name) != Some(&record) {
@@ -187,7 +206,7 @@ impl Nodes {
             return false;
         }
         if node.name() == self.own_name {
-            self.own_conditions = Vec::new();
+            self.own_status = OwnStatus::default();
         }
         self.doubtful.remove(node.name());
         self.records.remove(node.name()).is_some()
