@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport};
+use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport, Vxlan};
 use ipnet::IpNet;
 use regex::Regex;
 
@@ -100,16 +100,11 @@ pub struct Options {
     #[arg(long, env = "GAMBESON_WIREGUARD", value_name = "MODE", default_value = "auto")]
     pub wireguard: WireGuardMode,
 
-    /// Transports this node accepts, best first
+    /// Transports this node accepts: wireguard, host-gw, vxlan; wireguard alone by default
     ///
-    /// Only `wireguard` in this version.
-    #[arg(
-        long,
-        env = "GAMBESON_TRANSPORTS",
-        value_name = "LIST",
-        value_delimiter = ',',
-        default_value = "wireguard"
-    )]
+    /// Each pair of nodes uses the best that both accept, in this order. host-gw and vxlan are
+    /// not encrypted, and are never used unless both nodes name them.
+    #[arg(long, env = "GAMBESON_TRANSPORTS", value_name = "LIST", value_delimiter = ',')]
     pub transports: Vec<String>,
 
     /// Masquerade what leaves the pod networks
@@ -267,6 +262,8 @@ pub struct Config {
     pub wireguard: WireGuardMode,
     /// Transports this node accepts, at least one.
     pub transports: BTreeSet<Transport>,
+    /// What VXLAN devices are.
+    pub vxlan: Vxlan,
     /// Masquerade what leaves the cluster networks.
     pub ip_masq: bool,
     /// Accept the cluster networks' packets in the host's firewall.
@@ -326,6 +323,10 @@ impl Options {
             &self.cluster_cidr
         };
         let cluster_networks = cluster_networks(given)?;
+        let transports = match self.transports.iter().all(String::is_empty) {
+            true => file.transports,
+            false => transports(&self.transports)?,
+        };
         let underlay = self.underlay()?;
         let port = self.port.or(file.port).unwrap_or(DEFAULT_PORT);
         if !(1..=MAX_PORT).contains(&port) {
@@ -361,7 +362,8 @@ impl Options {
             port,
             mtu,
             wireguard: self.wireguard,
-            transports: transports(&self.transports)?,
+            transports,
+            vxlan: file.vxlan,
             ip_masq: self.ip_masq,
             forward_rules: self.iptables_forward_rules,
             subnet_file: self.subnet_file,
@@ -507,8 +509,7 @@ mod tests {
             (&["--port=0"], "from 1 to 65529"),
             (&["--mtu=1280"], "--mtu: 1280 bytes"),
             (&["--net-config-path=/nonexistent"], "--net-config-path: cannot read /nonexistent"),
-            (&["--transports=wireguard,vxlan"], "vxlan is not supported by this version"),
-            (&["--transports=carrier-pigeon"], "unknown transport"),
+            (&["--transports=wireguard,carrier-pigeon"], "unknown transport \"carrier-pigeon\""),
             (&["--iface-regex=("], "--iface-regex"),
             (&["--iface-can-reach=example"], "--iface-can-reach"),
             (&["--public-ip=127.0.0.1"], "cannot send to 127.0.0.1"),
@@ -539,9 +540,16 @@ mod tests {
         assert_eq!(config.cluster_networks, BTreeSet::from(["10.9.0.0/16".parse().unwrap()]));
         assert_eq!((config.port, config.mtu), (5000, Some(1400)));
         assert_eq!(config.unknown_keys, ["Extra"]);
+        assert_eq!(config.transports, BTreeSet::from([Transport::Wireguard]));
         let config = validate(&[&option, "--port=6000", "--mtu=1450"]).unwrap();
         assert_eq!(config.cluster_networks, BTreeSet::from(["10.244.0.0/16".parse().unwrap()]));
         assert_eq!((config.port, config.mtu), (6000, Some(1450)));
+        std::fs::write(&file, r#"{"Backend": {"Type": "vxlan", "VNI": 7}}"#).unwrap();
+        let config = validate(&[&option]).unwrap();
+        assert_eq!(config.transports, BTreeSet::from([Transport::Vxlan]));
+        let config = validate(&[&option, "--transports=vxlan,wireguard"]).unwrap();
+        assert_eq!(config.transports, BTreeSet::from([Transport::Vxlan, Transport::Wireguard]));
+        assert_eq!((config.vxlan.vni, config.vxlan.port), (7, 8472));
     }
 
     #[test]

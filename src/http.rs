@@ -188,6 +188,17 @@ impl StatusMetrics {
                 gauge.encode(family.encode_family(&labels)?)?;
             }
         }
+        let mut family = encoder.encode_descriptor(
+            "peer_encrypted",
+            "Whether what pods send to the peer is encrypted",
+            None,
+            MetricType::Gauge,
+        )?;
+        for peer in peers {
+            let labels = [("peer", peer.name.as_str()), ("transport", peer.transport.as_str())];
+            let gauge = ConstGauge::new(i64::from(peer.is_encrypted()));
+            gauge.encode(family.encode_family(&labels)?)?;
+        }
         let bytes = |value: fn(&PeerStatus) -> u64| {
             peers.iter().map(move |peer| ([("peer", peer.name.as_str())], value(peer)))
         };

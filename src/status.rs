@@ -12,6 +12,7 @@ use comfy_table::{Table, presets};
 use gambeson_keys::{Generation, PublicKey};
 use gambeson_mesh::NodeName;
 use gambeson_mesh::desired::Implementation;
+use gambeson_mesh::node::Transport;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
@@ -164,11 +165,20 @@ impl fmt::Display for Admission {
     }
 }
 
-/// How this node sends to its peers, as [`PeerStatus::transport`] names it.
-pub fn transport_name(implementation: Implementation) -> &'static str {
-    match implementation {
-        Implementation::Kernel => "wireguard-kernel",
-        Implementation::Userspace => "wireguard-userspace",
+impl PeerStatus {
+    /// Whether nobody on the underlay can read what pods send to it.
+    pub fn is_encrypted(&self) -> bool {
+        self.transport.starts_with("wireguard")
+    }
+}
+
+/// How this node sends to a peer, as [`PeerStatus::transport`] names it.
+pub fn transport_name(transport: Transport, implementation: Implementation) -> &'static str {
+    match (transport, implementation) {
+        (Transport::Wireguard, Implementation::Kernel) => "wireguard-kernel",
+        (Transport::Wireguard, Implementation::Userspace) => "wireguard-userspace",
+        (Transport::HostGw, _) => "host-gw",
+        (Transport::Vxlan, _) => "vxlan",
     }
 }
 

@@ -8,9 +8,9 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use gambeson_mesh::node::Endpoints;
+use netlink_packet_route::AddressFamily;
 use netlink_packet_route::address::{AddressFlags, AddressScope};
 use netlink_packet_route::route::{RouteAttribute, RouteMessage, RouteProtocol, RouteType};
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use regex::Regex;
 
 use crate::apply::ApplyError;
@@ -262,18 +262,8 @@ impl Interfaces {
         if let Some(interface) = self.0.iter().find(|interface| interface.has(address)) {
             return Ok(Found { interface, prefer: Some(address) });
         }
-        let mut request = RouteMessage::default();
-        (request.header.address_family, request.header.destination_prefix_length) = match address {
-            IpAddr::V4(_) => (AddressFamily::Inet, 32),
-            IpAddr::V6(_) => (AddressFamily::Inet6, 128),
-        };
-        request.attributes.push(RouteAttribute::Destination(address.into()));
-        let reply = netlink.get(RouteNetlinkMessage::GetRoute(request)).await;
-        let found = match reply {
-            Ok(RouteNetlinkMessage::NewRoute(route)) => self.of_route(&route),
-            // The kernel answers an unreachable destination with an errno.
-            _ => None,
-        };
+        let route = route::lookup(netlink, address).await;
+        let found = route.and_then(|route| self.of_route(&route));
         found.ok_or_else(|| UnderlayError::NoRoute { address, present: self.to_string() })
     }
 

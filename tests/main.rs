@@ -23,6 +23,7 @@ mod repair;
 mod start;
 mod status;
 mod survive;
+mod transports;
 mod tunnel;
 mod underlay;
 mod vm;

@@ -415,7 +415,6 @@ fn options_that_cannot_be_are_refused_before_anything_is_touched() {
         (&["--cluster-cidr", "10.244.0.1/16"][..], &["--cluster-cidr", "10.244.0.0/16"][..]),
         (&["--cluster-cidr", "0.0.0.0/0"], &["--cluster-cidr", "for example"]),
         (&["--cluster-cidr", ""], &["--cluster-cidr", "for example"]),
-        (&["--transports", "vxlan"], &["--transports", "vxlan is not supported", "wireguard"]),
         (&["--transports", "pigeon"], &["--transports", "pigeon", "wireguard"]),
         (&["--port", "65535"], &["--port", "from 1 to 65529"]),
         (&["--public-ip", "127.0.0.1"], &["--public-ip", "127.0.0.1", "can reach"]),

@@ -9,7 +9,7 @@ use crate::common::agent::{address, answers, refusal, status_json, status_when, 
 use crate::common::lab::{GAMBESON, both, lab_up};
 
 /// Status code and body of a page of the agent.
-fn get(node: Node<'_>, path: &str) -> (String, String) {
+pub(crate) fn get(node: Node<'_>, path: &str) -> (String, String) {
     let url = format!("http://127.0.0.1:9480{path}");
     let output = node.exec(&["curl", "-s", "-w", "\\n%{http_code}", &url]).unwrap();
     assert!(output.status.success(), "{}", both(&output));

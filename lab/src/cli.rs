@@ -14,8 +14,8 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::traffic::{FlowReport, Rate, Traffic, report_table};
 use crate::{
-    Family, INTERRUPTED, Lab, LabError, LabName, Options, Progress, WireguardModes, paint,
-    run_api_server,
+    Family, INTERRUPTED, Lab, LabError, LabName, Options, Progress, Transports, WireguardModes,
+    paint, run_api_server,
 };
 
 /// How long the last packets may take to arrive.
@@ -117,6 +117,9 @@ struct UpArgs {
     /// WireGuard of the agents: auto, kernel or userspace, or by node: node-1=kernel,...
     #[arg(long, default_value = "auto")]
     wireguard: WireguardModes,
+    /// Transports that agents accept: wireguard, host-gw, vxlan; of one node: node-1=vxlan
+    #[arg(long, value_name = "[NODE=]LIST")]
+    transports: Vec<String>,
     /// MTU of the underlay in bytes, 1360 to 65535
     #[arg(long, default_value_t = 1500)]
     underlay_mtu: u32,
@@ -219,8 +222,11 @@ fn run(cli: Cli) -> Result<(), Failure> {
 
 fn up(name: LabName, args: UpArgs) -> Result<(), Failure> {
     let lab_binary = own_program()?;
+    let transports = Transports::parse(&args.transports)
+        .map_err(|error| Failure::new(Exit::Usage, LabError::Options(error)))?;
     let options = Options {
         nodes: args.nodes,
+        transports,
         pods_per_node: args.pods_per_node,
         wireguard: args.wireguard,
         underlay_mtu: args.underlay_mtu,

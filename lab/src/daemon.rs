@@ -100,6 +100,7 @@ pub(super) fn start_agent(options: &Options, node: NodeIndex) -> Result<ProcessI
         // As Flannel's own manifest has it.
         .arg("--ip-masq")
         .args(["--wireguard", options.wireguard.of(&node.name()).as_str()])
+        .args(["--transports", &options.transports.argument(&node.name())])
         .args(&options.agent_arguments)
         .env("NODE_NAME", node.name())
         .env_remove("KUBECONFIG")

@@ -1,9 +1,12 @@
 //! Names, addresses and paths of a lab. Everything follows from its options, so that a lab
 //! can be taken down from its name alone.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
+use gambeson_mesh::family;
+use gambeson_mesh::node::Transport;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::options::{Family, LabName, Options};
@@ -160,9 +163,22 @@ impl Options {
         }
     }
 
-    /// The inner MTU that every node should find, in bytes.
+    /// The inner MTU that a node should find, in bytes, unless it is told other transports
+    /// than all are.
     pub fn pod_mtu(&self) -> u32 {
-        self.underlay_mtu - if self.underlay.has_v6() { 80 } else { 60 }
+        self.mtu_with(&self.transports.default)
+    }
+
+    /// The inner MTU that this node should find, in bytes.
+    pub fn pod_mtu_of(&self, node: NodeIndex) -> u32 {
+        self.mtu_with(self.transports.of(&node.name()))
+    }
+
+    fn mtu_with(&self, transports: &BTreeSet<Transport>) -> u32 {
+        let v6 = self.underlay.has_v6();
+        let family = if v6 { family::Family::V6 } else { family::Family::V4 };
+        let overheads = transports.iter().map(|transport| transport.overhead(family));
+        self.underlay_mtu - overheads.max().unwrap_or_default()
     }
 
     /// Folder of the lab.

@@ -29,6 +29,7 @@ mod state;
 mod status;
 mod teardown;
 pub mod traffic;
+mod transports;
 pub mod verify;
 pub mod wait;
 
@@ -45,3 +46,4 @@ pub use progress::Progress;
 pub use report::paint;
 pub use runtime::{BIN_DIR, CONF_DIR, ConfList};
 pub use status::{LabStatus, NodeStatus, PodStatus};
+pub use transports::Transports;

@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::transports::Transports;
+
 /// Most nodes that a lab can have.
 pub(super) const MAX_NODES: u8 = 100;
 /// Most pods that a node of a lab can have.
@@ -26,6 +28,8 @@ pub struct Options {
     pub pods_per_node: u8,
     /// Which WireGuard implementation each agent is told to use.
     pub wireguard: WireguardModes,
+    /// Which transports each agent is told to accept.
+    pub transports: Transports,
     /// MTU of the underlay in bytes.
     pub underlay_mtu: u32,
     /// Address families of the underlay.
@@ -54,6 +58,7 @@ impl Options {
             nodes: 3,
             pods_per_node: 2,
             wireguard: WireguardModes::default(),
+            transports: Transports::default(),
             underlay_mtu: 1500,
             underlay: Family::V4,
             pods: Family::V4,
@@ -82,9 +87,13 @@ impl Options {
             return Err(OptionsError::Hidden(self.binary.clone()));
         }
         let nodes: Vec<String> = (1..=self.nodes).map(|i| format!("node-{i}")).collect();
-        match self.wireguard.by_node.keys().find(|name| !nodes.contains(name)) {
-            Some(unknown) => {
-                Err(OptionsError::UnknownNode { name: unknown.clone(), nodes: self.nodes })
+        let (modes, transports) = (&self.wireguard.by_node, &self.transports.by_node);
+        let modes = modes.keys().map(|name| ("--wireguard", name));
+        let mut named = modes.chain(transports.keys().map(|name| ("--transports", name)));
+        match named.find(|(_, name)| !nodes.contains(name)) {
+            Some((option, name)) => {
+                let (name, nodes) = (name.clone(), self.nodes);
+                Err(OptionsError::UnknownNode { option, name, nodes })
             }
             None => Ok(()),
         }
@@ -106,9 +115,11 @@ pub enum OptionsError {
     /// Where the program is.
     #[error("the lab's nodes have /run and /var/lib of their own and cannot see {}", .0.display())]
     Hidden(PathBuf),
-    /// A node named for a WireGuard mode.
-    #[error("--wireguard names {name}, but the lab has only node-1 to node-{nodes}")]
+    /// A node named that there is not.
+    #[error("{option} names {name}, but the lab has only node-1 to node-{nodes}")]
     UnknownNode {
+        /// Where it was given.
+        option: &'static str,
         /// The name given.
         name: String,
         /// Number of nodes of the lab.
@@ -126,6 +137,12 @@ pub enum OptionsError {
     /// A WireGuard mode.
     #[error("\"{0}\" is no WireGuard mode: auto, kernel or userspace, or node-1=kernel,...")]
     Wireguard(String),
+    /// A list of transports.
+    #[error(
+        "\"{0}\" is no list of transports: wireguard, host-gw, vxlan, with commas, or \
+         node-1=vxlan"
+    )]
+    Transports(String),
 }
 
 /// Name of a lab: part of namespace, file and process names, and so kept simple.
@@ -309,6 +326,10 @@ mod tests {
         assert_eq!(options.validate(), Ok(()));
         options.wireguard = "node-4=kernel".parse().unwrap();
         assert!(options.validate().is_err());
+        options.wireguard = WireguardModes::default();
+        options.transports = Transports::parse(&["node-4=vxlan".to_owned()]).unwrap();
+        let error = options.validate().unwrap_err().to_string();
+        assert!(error.contains("--transports names node-4"), "{error}");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 use serde::Serialize;
 
+use crate::mac::Mac;
 use crate::session::DeviceName;
 
 /// Marks a link as made by Gambeson (`ip link` shows it as `alias gambeson`).
@@ -25,6 +26,8 @@ pub const FAIL_CLOSED_METRIC: u32 = u32::MAX;
 pub struct Desired {
     /// Session devices that should exist. Other devices of ours should not.
     pub devices: BTreeMap<DeviceName, WireGuardDevice>,
+    /// VXLAN devices that should exist.
+    pub vteps: BTreeMap<DeviceName, Vtep>,
     /// Routes of ours in the main table.
     pub routes: BTreeMap<RouteKey, Route>,
     /// Policy routing rules of ours.
@@ -43,6 +46,84 @@ pub enum Implementation {
     Kernel,
     /// A TUN device served by `gambeson tunnel` through the UAPI socket.
     Userspace,
+}
+
+/// What a link is, for as long as it exists: to change it is to make another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkKind {
+    /// WireGuard, in the kernel or not.
+    WireGuard(Implementation),
+    /// VXLAN.
+    Vxlan(VxlanLink),
+}
+
+/// The fixed part of a VXLAN device (`ip link add type vxlan`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VxlanLink {
+    /// VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// UDP port, the same on every node.
+    pub port: u16,
+    /// Source of what it sends.
+    pub local: IpAddr,
+    /// Index of the underlay interface.
+    pub underlay: u32,
+    /// Its address.
+    pub mac: Mac,
+    /// Whether it learns addresses from what it receives.
+    pub learning: bool,
+    /// Whether it carries the group policy extension.
+    pub gbp: bool,
+}
+
+/// A VXLAN device. (VTEP: VXLAN tunnel endpoint, RFC 7348.)
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vtep {
+    /// What it is made as.
+    pub link: VxlanLink,
+    /// Inner MTU in bytes.
+    pub mtu: u32,
+    /// Addresses on the device: each pod CIDR's base address as /32 or /128.
+    pub addresses: BTreeSet<IpNet>,
+    /// Where its packets go.
+    pub tables: VtepTables,
+}
+
+/// How a VXLAN device finds its peers: `next hop -> address -> node`, all of it permanent, so
+/// that nothing is asked on the wire and nothing learnt from it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VtepTables {
+    /// Neighbours: the address of the device behind a route's next hop.
+    pub neighbours: BTreeMap<IpAddr, Mac>,
+    /// Forwarding database: the node that has the device.
+    pub forwarding: BTreeMap<Mac, IpAddr>,
+}
+
+/// A link that should exist, of whichever kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WantedLink<'a> {
+    /// What it is made as.
+    pub kind: LinkKind,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Its addresses.
+    pub addresses: &'a BTreeSet<IpNet>,
+}
+
+impl Desired {
+    /// Every link that should exist.
+    pub fn links(&self) -> impl Iterator<Item = (DeviceName, WantedLink<'_>)> {
+        let wireguard = self.devices.iter().map(|(name, device)| {
+            let WireGuardDevice { implementation, mtu, addresses, .. } = device;
+            let kind = LinkKind::WireGuard(*implementation);
+            (*name, WantedLink { kind, mtu: *mtu, addresses })
+        });
+        let vxlan = self.vteps.iter().map(|(name, vtep)| {
+            let Vtep { link, mtu, addresses, .. } = vtep;
+            (*name, WantedLink { kind: LinkKind::Vxlan(*link), mtu: *mtu, addresses })
+        });
+        wireguard.chain(vxlan)
+    }
 }
 
 /// A WireGuard device for one session.
@@ -134,8 +215,32 @@ pub struct Route {
 pub enum NextHop {
     /// Out of one of our devices, on link.
     Device(DeviceName),
+    /// Through the VXLAN device behind this address, which counts as on link.
+    Vtep {
+        /// Our own VXLAN device.
+        device: DeviceName,
+        /// Base address of the peer's pod CIDR.
+        gateway: IpAddr,
+    },
+    /// In clear to another node on the same link.
+    Node {
+        /// Index of the underlay interface.
+        link: u32,
+        /// The node's address.
+        gateway: IpAddr,
+    },
     /// An ICMP unreachable to the sender: the fail-closed route.
     Unreachable,
+}
+
+impl NextHop {
+    /// The device of ours that it leads out of.
+    pub fn device(self) -> Option<DeviceName> {
+        match self {
+            Self::Device(device) | Self::Vtep { device, .. } => Some(device),
+            Self::Node { .. } | Self::Unreachable => None,
+        }
+    }
 }
 
 /// A kernel setting we own.
@@ -192,9 +297,12 @@ impl Sysctl {
 pub struct Ruleset {
     /// The cluster networks: packets to or from them may only use `trusted_links`.
     pub cluster_networks: BTreeSet<IpNet>,
-    /// Links on which cluster packets may travel in clear inside this node: our devices,
-    /// the pod bridge and lo.
+    /// Links on which cluster packets may travel in clear inside this node: our WireGuard
+    /// devices, the pod bridge and lo.
     pub trusted_links: BTreeSet<String>,
+    /// What may travel in clear on other links, since this node and another allow it: packets
+    /// to these networks may leave, packets from them may come in.
+    pub plaintext: BTreeMap<String, BTreeSet<IpNet>>,
     /// Masquerade what leaves the cluster networks (`--ip-masq`).
     pub masquerade: bool,
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use crate::NodeName;
 use crate::desired::Implementation;
-use crate::node::{DEFAULT_PORT, DEFAULT_PREFIX, Endpoints, Local, NodeRecord, Transport};
+use crate::node::{DEFAULT_PORT, DEFAULT_PREFIX, Endpoints, Local, NodeRecord, Transport, Vxlan};
 
 /// A key that is not a low-order point, different for each number.
 pub(crate) fn key(number: u8) -> PublicKey {
@@ -22,23 +22,28 @@ pub(crate) fn net(text: &str) -> IpNet {
 
 /// Node `i` of a dual-stack cluster on a dual-stack underlay, as its own agent sees it.
 pub(crate) fn local(i: u8, generation: u64) -> Local {
+    let pod_cidrs =
+        BTreeSet::from([net(&format!("10.244.{i}.0/24")), net(&format!("fd00:10:244:{i:x}::/64"))]);
+    let endpoints = Endpoints {
+        v4: Some([192, 168, 240, i].into()),
+        v6: Some(format!("fd00:240::{i:x}").parse().unwrap()),
+    };
     Local {
         name: format!("node-{i}"),
         prefix: DEFAULT_PREFIX.to_owned(),
-        pod_cidrs: BTreeSet::from([
-            net(&format!("10.244.{i}.0/24")),
-            net(&format!("fd00:10:244:{i:x}::/64")),
-        ]),
+        vteps: Local::default_vteps(&pod_cidrs, endpoints),
+        pod_cidrs,
         cluster_networks: BTreeSet::from([net("10.244.0.0/16"), net("fd00:10:244::/48")]),
         keys: BTreeMap::from([(Generation::new(generation), key(i))]),
-        endpoints: Endpoints {
-            v4: Some([192, 168, 240, i].into()),
-            v6: Some(format!("fd00:240::{i:x}").parse().unwrap()),
-        },
+        endpoints,
         port: DEFAULT_PORT,
+        underlay: "eth0".to_owned(),
+        underlay_index: 2,
         underlay_mtu: 1500,
         implementation: Implementation::Kernel,
         transports: BTreeSet::from([Transport::Wireguard]),
+        vxlan: Vxlan { vni: 1, port: 8472, learning: false, gbp: false },
+        on_link: BTreeSet::new(),
         bridge: "cni0".to_owned(),
         masquerade: true,
     }

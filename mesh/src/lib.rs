@@ -6,11 +6,14 @@
 #![forbid(unsafe_code)]
 
 pub mod desired;
+pub mod family;
 #[cfg(test)]
 mod fixtures;
 pub mod health;
+pub mod mac;
 pub mod node;
 pub mod observed;
+pub mod pair;
 pub mod plan;
 pub mod session;
 #[cfg(test)]

@@ -11,6 +11,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::NodeName;
+use crate::family::Family;
+use crate::mac::Mac;
 use crate::session::SESSIONS;
 
 pub mod annotation;
@@ -30,10 +32,8 @@ pub const DEFAULT_PREFIX: &str = "gambeson.io";
 pub const DEFAULT_PORT: u16 = 51820;
 /// Largest base UDP port: the last session uses `base + 6`.
 pub const MAX_PORT: u16 = u16::MAX - 2 * (SESSIONS as u16 - 1);
-/// Bytes that WireGuard over IPv4 adds to a packet: 20 IP, 8 UDP, 32 WireGuard.
-const OVERHEAD_V4: u32 = 60;
-/// Bytes that WireGuard over IPv6 adds to a packet.
-const OVERHEAD_V6: u32 = 80;
+/// Bytes of the header that IPv6 has more than IPv4.
+const IPV6_MORE: u32 = 20;
 
 /// The parts of a Node object that matter here, unparsed. All that the agent keeps of a Node.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -64,6 +64,28 @@ pub enum Transport {
     Vxlan,
 }
 
+/// What a cluster's VXLAN devices have in common, as in Flannel's net-conf.json.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vxlan {
+    /// VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// UDP port.
+    pub port: u16,
+    /// Whether devices learn addresses from what they receive.
+    pub learning: bool,
+    /// Whether they carry the group policy extension.
+    pub gbp: bool,
+}
+
+/// Addresses of a node's VXLAN devices, by the family of the underlay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Vteps {
+    /// Over IPv4.
+    pub v4: Option<Mac>,
+    /// Over IPv6.
+    pub v6: Option<Mac>,
+}
+
 /// Where other nodes send to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Endpoints {
@@ -91,12 +113,22 @@ pub struct Local {
     pub endpoints: Endpoints,
     /// Base UDP port.
     pub port: u16,
+    /// Name of the underlay interface.
+    pub underlay: String,
+    /// Index of the underlay interface.
+    pub underlay_index: u32,
     /// Underlay interface MTU in bytes.
     pub underlay_mtu: u32,
     /// Who implements WireGuard here.
     pub implementation: crate::desired::Implementation,
     /// Transports this node accepts.
     pub transports: BTreeSet<Transport>,
+    /// What its VXLAN devices are, where it accepts that.
+    pub vxlan: Vxlan,
+    /// Addresses of its VXLAN devices.
+    pub vteps: Vteps,
+    /// Addresses of other nodes that the kernel reaches without a router.
+    pub on_link: BTreeSet<IpAddr>,
     /// The pod bridge, e.g. `cni0`.
     pub bridge: String,
     /// Masquerade what leaves the cluster networks.
@@ -126,6 +158,8 @@ pub struct Node {
     pub port: u16,
     /// Transports the node accepts.
     pub transports: BTreeSet<Transport>,
+    /// Addresses of its VXLAN devices, when it offers that.
+    pub vteps: Vteps,
     /// Inner MTU of the node in bytes, when it says.
     pub mtu: Option<u32>,
     /// Persistent keepalive in seconds, when an operator set one.
@@ -144,9 +178,29 @@ impl Transport {
         }
     }
 
+    /// All of them, best first.
+    pub const ALL: [Self; 3] = [Self::Wireguard, Self::HostGw, Self::Vxlan];
+
     /// The transport with this name.
     pub fn parse(name: &str) -> Option<Self> {
-        [Self::Wireguard, Self::HostGw, Self::Vxlan].into_iter().find(|t| t.as_str() == name)
+        Self::ALL.into_iter().find(|t| t.as_str() == name)
+    }
+
+    /// Whether nobody on the underlay can read what it carries.
+    pub fn is_encrypted(self) -> bool {
+        self == Self::Wireguard
+    }
+
+    /// Bytes that it adds to a packet over an underlay of this family.
+    pub fn overhead(self, family: Family) -> u32 {
+        let more = if family == Family::V6 { IPV6_MORE } else { 0 };
+        match self {
+            // 20 IP, 8 UDP, 32 WireGuard.
+            Self::Wireguard => 60 + more,
+            Self::HostGw => 0,
+            // 20 IP, 8 UDP, 8 VXLAN, 14 Ethernet.
+            Self::Vxlan => 50 + more,
+        }
     }
 }
 
@@ -162,11 +216,24 @@ impl Local {
         self.keys.first_key_value().map(|(generation, key)| (*generation, *key))
     }
 
-    /// MTU inside the tunnel in bytes: what is left of the underlay's after WireGuard over
-    /// the larger of the IP headers in use.
+    /// MTU of this node's pods in bytes: what is left of the underlay's after the transport
+    /// that takes most of those it accepts, over the larger of the IP headers in use.
     pub fn inner_mtu(&self) -> u32 {
-        let overhead = if self.endpoints.v6.is_some() { OVERHEAD_V6 } else { OVERHEAD_V4 };
-        self.underlay_mtu.saturating_sub(overhead)
+        let mtus = self.transports.iter().map(|transport| self.mtu_over(*transport));
+        mtus.min().unwrap_or(self.underlay_mtu)
+    }
+
+    /// MTU inside a transport in bytes, over the larger of the IP headers in use.
+    pub fn mtu_over(&self, transport: Transport) -> u32 {
+        let family = if self.endpoints.v6.is_some() { Family::V6 } else { Family::V4 };
+        self.underlay_mtu.saturating_sub(transport.overhead(family))
+    }
+
+    /// The addresses that VXLAN devices of a node with these pods have: the same at every
+    /// start, for the families of its underlay.
+    pub fn default_vteps(pod_cidrs: &BTreeSet<IpNet>, endpoints: Endpoints) -> Vteps {
+        let mac = pod_cidrs.first().map(|cidr| Mac::of(cidr.network()));
+        Vteps { v4: endpoints.v4.and(mac), v6: endpoints.v6.and(mac) }
     }
 
     /// What this node publishes, keyed without the prefix; `None` means that the annotation
@@ -177,6 +244,8 @@ impl Local {
             .and_then(|(generation, _)| generation.next())
             .and_then(|generation| self.keys.get(&generation));
         let transports: Vec<&str> = self.transports.iter().map(|t| t.as_str()).collect();
+        let offered = self.transports.contains(&Transport::Vxlan);
+        let mac = |family| self.vteps.get(family).filter(|_| offered).map(|mac| mac.to_string());
         [
             (annotation::PUBLIC_KEY, current.map(|(_, key)| key.to_string())),
             (annotation::KEY_GENERATION, current.map(|(generation, _)| generation.to_string())),
@@ -185,6 +254,8 @@ impl Local {
             (annotation::ENDPOINT_V6, self.endpoints.v6.map(|address| address.to_string())),
             (annotation::PORT, Some(self.port.to_string())),
             (annotation::TRANSPORTS, Some(transports.join(","))),
+            (annotation::VTEP_MAC, mac(Family::V4)),
+            (annotation::VTEP_MAC_V6, mac(Family::V6)),
             (annotation::MTU, Some(self.inner_mtu().to_string())),
         ]
         .into_iter()
@@ -193,7 +264,25 @@ impl Local {
     }
 }
 
+impl Vteps {
+    /// The one over this family.
+    pub fn get(self, family: Family) -> Option<Mac> {
+        match family {
+            Family::V4 => self.v4,
+            Family::V6 => self.v6,
+        }
+    }
+}
+
 impl Endpoints {
+    /// The one of this family.
+    pub fn get(self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.v4.map(IpAddr::from),
+            Family::V6 => self.v6.map(IpAddr::from),
+        }
+    }
+
     /// The address to send to from a node that has `own` families: IPv4 where both have it.
     pub fn reachable_from(self, own: Endpoints) -> Option<IpAddr> {
         match (own.v4.and(self.v4), own.v6.and(self.v6)) {

@@ -7,13 +7,13 @@ use std::time::Duration;
 use gambeson_keys::PublicKey;
 use ipnet::IpNet;
 
-use crate::desired::{Implementation, Route, RouteKey, Rule, Ruleset, Sysctl};
+use crate::desired::{LinkKind, Route, RouteKey, Rule, Ruleset, Sysctl, VtepTables};
 use crate::session::DeviceName;
 
 /// What this node's kernel has under our names and marks.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Links named `gambeson0` to `gambeson3`, ours or not.
+    /// Links with one of our names ([`DeviceName`]), ours or not.
     pub links: BTreeMap<DeviceName, ObservedLink>,
     /// Routes in the main table that carry our protocol number.
     pub routes: BTreeMap<RouteKey, Route>,
@@ -70,7 +70,7 @@ pub struct ObservedLink {
     /// its index, with our alias, or it holds a key of this node.
     pub known: bool,
     /// What kind it is, or `None` for a kind we never make.
-    pub implementation: Option<Implementation>,
+    pub kind: Option<LinkKind>,
     /// Administratively up.
     pub up: bool,
     /// MTU in bytes.
@@ -79,12 +79,14 @@ pub struct ObservedLink {
     pub addresses: BTreeSet<IpNet>,
     /// Its WireGuard state, or `None` when it could not be read (a tunnel process that is gone).
     pub wireguard: Option<ObservedWireGuard>,
+    /// The permanent entries of a VXLAN device.
+    pub tables: VtepTables,
 }
 
 impl ObservedLink {
     /// Whether it is ours, with our alias or without.
     pub fn is_ours(&self) -> bool {
-        (self.ours || self.known) && self.implementation.is_some()
+        (self.ours || self.known) && self.kind.is_some()
     }
 }
 

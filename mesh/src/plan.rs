@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! guard -> settings -> fail-closed routes, rules     nothing can leave in clear from here on
-//! -> links -> keys, ports, peers -> addresses -> up -> device settings -> routes
-//! -> delete routes -> delete peers -> delete addresses -> delete links
+//! -> links -> keys, ports, peers -> addresses -> up -> neighbours, forwarding -> device settings
+//! -> routes -> delete routes -> delete peers, neighbours -> delete addresses -> delete links
 //! ```
 //!
 //! A link that must become another kind, or whose tunnel process is gone, is deleted right
@@ -11,20 +11,22 @@
 //! its packets back meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
 use crate::desired::{
-    Desired, Implementation, NextHop, Route, RouteKey, Rule, Ruleset, Sysctl, WireGuardDevice,
+    Desired, LinkKind, NextHop, Route, RouteKey, Rule, Ruleset, Sysctl, WireGuardDevice,
 };
+use crate::mac::Mac;
 use crate::observed::{ForeignRoute, ForwardDrop, Observed, ObservedWireGuard};
 use crate::session::DeviceName;
 
 mod diff;
 #[cfg(test)]
 mod tests;
+mod vxlan;
 mod wireguard;
 
 /// Ordered actions. Applying all of them makes the next plan empty.
@@ -52,7 +54,7 @@ pub enum Action {
     /// Write a kernel setting.
     SetSysctl(Sysctl, String),
     /// Make a link with our alias, down and without configuration.
-    AddLink { device: DeviceName, implementation: Implementation, mtu: u32 },
+    AddLink { device: DeviceName, kind: LinkKind, mtu: u32 },
     /// Give a link of ours its alias back.
     MarkLink(DeviceName),
     /// Remove a link of ours.
@@ -67,6 +69,14 @@ pub enum Action {
     DeleteAddress { device: DeviceName, address: IpNet },
     /// Change a device's keys, port or peers.
     ConfigureWireGuard { device: DeviceName, change: WireGuardChange },
+    /// Set the address of the VXLAN device behind a next hop.
+    PutNeighbour { device: DeviceName, gateway: IpAddr, mac: Mac },
+    /// Remove a next hop's address.
+    DeleteNeighbour { device: DeviceName, gateway: IpAddr },
+    /// Set the node that has a VXLAN device.
+    PutForwarding { device: DeviceName, mac: Mac, node: IpAddr },
+    /// Remove a VXLAN device's node.
+    DeleteForwarding { device: DeviceName, mac: Mac, node: IpAddr },
     /// Add a route, or replace ours with the same key.
     PutRoute(RouteKey, Route),
     /// Remove a route of ours.

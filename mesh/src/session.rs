@@ -10,6 +10,8 @@ use std::fmt;
 use gambeson_keys::Generation;
 use serde::{Deserialize, Serialize};
 
+use crate::family::Family;
+
 /// Number of session devices a node can have.
 pub const SESSIONS: u8 = 4;
 
@@ -40,7 +42,7 @@ impl Session {
 
     /// Name of the device that carries this session, `gambeson0` to `gambeson3`.
     pub fn device(self) -> DeviceName {
-        DeviceName(self)
+        DeviceName::Session(self)
     }
 
     /// UDP port of this session on a node whose base port is `base`, or `None` past 65535.
@@ -55,25 +57,44 @@ impl Session {
     }
 }
 
-/// Name of one of our network devices. There are only four, so no string can be wrong.
+/// Name of one of our network devices. There are only six, so no string can be wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
-pub struct DeviceName(Session);
+pub enum DeviceName {
+    /// WireGuard, for one session.
+    Session(Session),
+    /// VXLAN, over an underlay of one family.
+    Vxlan(Family),
+}
 
 impl DeviceName {
-    /// The session that it carries.
-    pub fn session(self) -> Session {
-        self.0
+    /// Every device that a node can have, in order.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Session::all().map(Self::Session).chain(Family::ALL.map(Self::Vxlan))
+    }
+
+    /// The session that it carries, if it is a WireGuard device.
+    pub fn session(self) -> Option<Session> {
+        match self {
+            Self::Session(session) => Some(session),
+            Self::Vxlan(_) => None,
+        }
     }
 
     /// The device as the kernel names it.
     pub fn as_str(self) -> &'static str {
-        ["gambeson0", "gambeson1", "gambeson2", "gambeson3"][usize::from(self.0.0 % SESSIONS)]
+        const SESSION: [&str; SESSIONS as usize] =
+            ["gambeson0", "gambeson1", "gambeson2", "gambeson3"];
+        match self {
+            Self::Session(session) => SESSION[usize::from(session.0 % SESSIONS)],
+            Self::Vxlan(Family::V4) => "gambeson-vx4",
+            Self::Vxlan(Family::V6) => "gambeson-vx6",
+        }
     }
 
     /// The device with this name, if it is one of ours by name.
     pub fn parse(name: &str) -> Option<Self> {
-        Session::all().map(Session::device).find(|d| d.as_str() == name)
+        Self::all().find(|device| device.as_str() == name)
     }
 }
 
@@ -114,7 +135,7 @@ mod tests {
             assert_eq!(session.device().as_str(), device);
             assert_eq!(session.port(51820), Some(51820 + offset));
             assert_eq!(session.base_port(51820 + offset), Some(51820));
-            assert_eq!(session.device().session(), session);
+            assert_eq!(session.device().session(), Some(session));
             assert_eq!(session.peer_parity(), peer.parity());
             assert_eq!(session.reversed(), Session::between(peer, own));
         }
@@ -122,11 +143,11 @@ mod tests {
 
     #[test]
     fn names_are_read_back() {
-        for session in Session::all() {
-            let device = session.device();
+        for device in DeviceName::all() {
             assert_eq!(DeviceName::parse(device.as_str()), Some(device));
+            assert!(device.as_str().len() <= 15, "IFNAMSIZ");
         }
-        for other in ["gambeson", "gambeson4", "gambeson00", "eth0", ""] {
+        for other in ["gambeson", "gambeson4", "gambeson00", "gambeson-vx", "eth0", ""] {
             assert_eq!(DeviceName::parse(other), None);
         }
     }

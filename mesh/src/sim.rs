@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use gambeson_keys::{Generation, PublicKey};
 
-use crate::desired::{Desired, NextHop, Sysctl};
+use crate::desired::{Desired, LinkKind, NextHop, Sysctl, VtepTables};
 use crate::observed::{Observed, ObservedLink, ObservedPeer, ObservedWireGuard};
 use crate::plan::{Action, PeerChange, Plan, WireGuardChange};
 use crate::session::DeviceName;
@@ -35,15 +35,16 @@ pub(crate) fn step(
             assert!(!sysctl.is_of_bridge() || observed.sysctls.contains_key(sysctl), "no bridge");
             observed.sysctls.insert(sysctl.clone(), value.clone());
         }
-        Action::AddLink { device, implementation, mtu } => {
+        Action::AddLink { device, kind, mtu } => {
             let link = ObservedLink {
                 ours: true,
                 known: true,
-                implementation: Some(*implementation),
+                kind: Some(*kind),
                 up: false,
                 mtu: *mtu,
                 addresses: [].into(),
-                wireguard: Some(ObservedWireGuard::default()),
+                wireguard: matches!(kind, LinkKind::WireGuard(_)).then(Default::default),
+                tables: VtepTables::default(),
             };
             assert!(observed.links.insert(*device, link).is_none(), "{device} exists");
             observed.sysctls.insert(Sysctl::RpFilter(*device), "0".to_owned());
@@ -52,7 +53,7 @@ pub(crate) fn step(
         Action::DeleteLink(device) => {
             own_link(observed, *device);
             observed.links.remove(device);
-            observed.routes.retain(|_, route| route.next_hop != NextHop::Device(*device));
+            observed.routes.retain(|_, route| route.next_hop.device() != Some(*device));
             observed.sysctls.retain(|sysctl, _| sysctl.device() != Some(*device));
         }
         Action::MarkLink(device) => {
@@ -72,9 +73,30 @@ pub(crate) fn step(
             let state = own_link(observed, *device).wireguard.get_or_insert_default();
             configure(change, keys, state);
         }
+        Action::PutNeighbour { device, gateway, mac } => {
+            let link = own_link(observed, *device);
+            assert!(link.up, "a neighbour on {device}, which is down");
+            link.tables.neighbours.insert(*gateway, *mac);
+        }
+        Action::DeleteNeighbour { device, gateway } => {
+            let removed = own_link(observed, *device).tables.neighbours.remove(gateway);
+            assert!(removed.is_some(), "no neighbour {gateway}");
+        }
+        Action::PutForwarding { device, mac, node } => {
+            own_link(observed, *device).tables.forwarding.insert(*mac, *node);
+        }
+        Action::DeleteForwarding { device, mac, node } => {
+            let removed = own_link(observed, *device).tables.forwarding.remove(mac);
+            assert_eq!(removed, Some(*node), "no entry for {mac}");
+        }
         Action::PutRoute(key, route) => {
-            if let NextHop::Device(device) = route.next_hop {
+            if let Some(device) = route.next_hop.device() {
                 assert!(own_link(observed, device).up, "{key:?} through {device}, which is down");
+            }
+            if let NextHop::Vtep { device, gateway } = route.next_hop {
+                let tables = &own_link(observed, device).tables;
+                let mac = tables.neighbours.get(&gateway);
+                assert!(mac.is_some_and(|mac| tables.forwarding.contains_key(mac)), "{key:?}");
             }
             if let Some(source) = route.source {
                 assert!(has_address(observed, source), "no address {source} for {key:?}");
@@ -94,7 +116,7 @@ pub(crate) fn step(
 
 fn own_link(observed: &mut Observed, device: DeviceName) -> &mut ObservedLink {
     let link = observed.links.get_mut(&device).unwrap_or_else(|| panic!("no link {device}"));
-    assert!(link.ours && link.implementation.is_some(), "{device} is not ours");
+    assert!(link.ours && link.kind.is_some(), "{device} is not ours");
     link
 }
 

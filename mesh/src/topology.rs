@@ -5,10 +5,13 @@
 //! must not keep the successor out for as long as its Node object lingers.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use crate::NodeName;
-use crate::node::{Local, Node, NodeRecord, Refusal, annotation, persistent_keepalive};
+use crate::desired::{NextHop, Route};
+use crate::node::{Local, Node, NodeRecord, Refusal, Transport, annotation, persistent_keepalive};
 use crate::observed::Observed;
+use crate::pair;
 
 mod claims;
 mod recovered;
@@ -68,6 +71,17 @@ pub fn plausible(
     }
 }
 
+/// Addresses of Nodes that host-gw would send to, if the kernel reaches them without a router.
+pub fn next_hops(local: &Local, records: &BTreeMap<NodeName, NodeRecord>) -> BTreeSet<IpAddr> {
+    if !local.transports.contains(&Transport::HostGw) {
+        return BTreeSet::new();
+    }
+    let others = records.values().filter(|record| record.name != local.name);
+    let nodes = others.filter_map(|record| Node::parse(record, local).ok());
+    let candidates = nodes.filter(|node| node.transports.contains(&Transport::HostGw));
+    candidates.flat_map(|node| pair::next_hops(local, &node)).flatten().collect()
+}
+
 /// Remembers the last good state of every peer, so that a Node that turns bad keeps working
 /// as it was and an incumbent cannot be pushed out by a claimant.
 #[derive(Debug, Default)]
@@ -75,6 +89,8 @@ pub struct Topology {
     incumbents: BTreeMap<NodeName, Node>,
     /// Peers that a former agent left in the devices, until the Nodes are known.
     recovered: Vec<Recovered>,
+    /// Whether the kernel has routes to peers that it does not tell enough of.
+    partial: bool,
     /// Incumbents of whose generation only the parity is known.
     parity_only: BTreeSet<NodeName>,
 }
@@ -89,11 +105,17 @@ impl Topology {
     /// whoever holds a key or a pod CIDR keeps it over a restart.
     pub fn recover(&mut self, observed: &Observed) {
         self.recovered = recovered::recover(observed);
+        let in_clear =
+            |route: &Route| matches!(route.next_hop, NextHop::Vtep { .. } | NextHop::Node { .. });
+        self.partial = observed.routes.values().any(in_clear);
     }
 
-    /// The peers that were found in the kernel, for as long as no Node is known.
+    /// The peers that were found in the kernel, for as long as no Node is known. None where
+    /// some are reached in clear: those have left no key there, and a mesh without them would
+    /// take their routes away.
     pub fn recovered(&self) -> Mesh {
-        let peers = self.recovered.iter().map(Recovered::unnamed);
+        let recovered = self.recovered.iter().filter(|_| !self.partial);
+        let peers = recovered.map(Recovered::unnamed);
         Mesh { peers: peers.map(|node| (node.name.clone(), node)).collect(), ..Mesh::default() }
     }
 
@@ -131,9 +153,9 @@ impl Topology {
             if !node.ignored.is_empty() {
                 mesh.ignored.insert(name.clone(), node.ignored.clone());
             }
-            match unreachable(local, node) {
-                None => _ = mesh.peers.insert(name.clone(), node.clone()),
-                Some(refusal) => _ = mesh.refused.entry(name.clone()).or_insert(refusal),
+            match pair::transport(local, node) {
+                Ok(_) => _ = mesh.peers.insert(name.clone(), node.clone()),
+                Err(refusal) => _ = mesh.refused.entry(name.clone()).or_insert(refusal),
             }
         }
         mesh
@@ -231,18 +253,4 @@ impl Resolution<'_> {
             let _ = self.claims.claim(name, held);
         })
     }
-}
-
-fn unreachable(local: &Local, node: &Node) -> Option<Refusal> {
-    if local.transports.is_disjoint(&node.transports) {
-        return Some(Refusal::no_common_transport(&node.transports, &local.transports));
-    }
-    if node.endpoints.reachable_from(local.endpoints).is_none() {
-        let family = |v4: bool| if v4 { "IPv4" } else { "IPv6" };
-        return Some(Refusal::NoCommonFamily {
-            theirs: family(node.endpoints.v4.is_some()),
-            ours: family(local.endpoints.v4.is_some()),
-        });
-    }
-    None
 }

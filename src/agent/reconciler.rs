@@ -7,11 +7,11 @@ use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
-use gambeson_mesh::desired::{Desired, Implementation, NextHop};
-use gambeson_mesh::node::{Endpoints, Local, NodeRecord, annotation, pod_cidrs};
+use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop, Route};
+use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, annotation, pod_cidrs};
 use gambeson_mesh::observed::{Observed, ObservedLink};
 use gambeson_mesh::plan::{self, Action, Plan};
-use gambeson_mesh::topology::{Mesh, Topology};
+use gambeson_mesh::topology::{self, Mesh, Topology};
 use gambeson_mesh::transport;
 use ipnet::IpNet;
 use tokio::sync::watch;
@@ -200,7 +200,9 @@ impl Reconciler {
             observed => observed?,
         };
         let implementation = self.implementation(&observed).await?;
-        let local = Local { implementation, ..inputs.local };
+        let mut local = Local { implementation, ..inputs.local };
+        let next_hops = topology::next_hops(&local, store.nodes().records());
+        local.on_link = self.kernel.on_link(next_hops, inputs.underlay.index).await;
         let mesh = match &inputs.own {
             Some(_) => self.topology.resolve(&local, store.nodes().records()),
             None => self.topology.recovered(),
@@ -217,7 +219,11 @@ impl Reconciler {
         let internal = store.nodes().own_addresses().to_owned();
         pass.advice = advice::on_host(&self.config, &inputs.underlay, &internal);
         match &inputs.own {
-            Some(_) => publish(publication, &local, self.ready),
+            Some(_) => {
+                let (annotations, encrypted) = (local.annotations(), is_encrypted(&desired));
+                let network_up = self.ready;
+                publish(publication, Publication { annotations, network_up, encrypted });
+            }
             None => pass.waiting = Some(NO_LIST.to_owned()),
         }
         let node_uid = inputs.own.map(|own| own.uid).unwrap_or_default();
@@ -394,11 +400,16 @@ impl Reconciler {
         Local {
             name: node.to_owned(),
             prefix: config.prefix.clone(),
+            vxlan: config.vxlan,
+            vteps: Local::default_vteps(&pod_cidrs, underlay.endpoints),
+            on_link: BTreeSet::new(),
             pod_cidrs,
             cluster_networks: config.cluster_networks.clone(),
             keys: self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::publics),
             endpoints: underlay.endpoints,
             port: config.port,
+            underlay: underlay.name.clone(),
+            underlay_index: underlay.index,
             underlay_mtu: config.mtu.map_or(underlay.mtu, |mtu| mtu.min(underlay.mtu)),
             implementation: self.implementation.unwrap_or(Implementation::Kernel),
             transports: config.transports.clone(),
@@ -412,22 +423,26 @@ impl Reconciler {
         if let Some(decided) = self.implementation {
             return Ok(decided);
         }
-        let running = observed
-            .links
-            .values()
-            .filter(|link| link.is_ours())
-            .find_map(|link| link.implementation);
+        let running = observed.links.values().filter(|link| link.is_ours()).find_map(|link| {
+            match link.kind {
+                Some(LinkKind::WireGuard(implementation)) => Some(implementation),
+                _ => None,
+            }
+        });
+        let wanted = self.config.transports.contains(&Transport::Wireguard);
         let decided = match (self.config.wireguard, running) {
             (WireGuardMode::Auto, Some(running)) => running,
             (WireGuardMode::Userspace, _) => Implementation::Userspace,
             (WireGuardMode::Kernel, Some(Implementation::Kernel)) => Implementation::Kernel,
             (mode, _) => match (self.kernel.kernel_wireguard_available().await, mode) {
                 (true, _) => Implementation::Kernel,
-                (false, WireGuardMode::Kernel) => return Err(AgentError::NoKernelWireGuard),
+                (false, WireGuardMode::Kernel) if wanted => {
+                    return Err(AgentError::NoKernelWireGuard);
+                }
                 (false, _) => Implementation::Userspace,
             },
         };
-        if decided == Implementation::Userspace {
+        if wanted && decided == Implementation::Userspace {
             if preflight::fips_enabled() {
                 return Err(AgentError::Fips);
             }
@@ -437,7 +452,9 @@ impl Reconciler {
                 preflight::tun()?;
             }
         }
-        info!(implementation = ?decided, adopted = running == Some(decided), "WireGuard");
+        if wanted {
+            info!(implementation = ?decided, adopted = running == Some(decided), "WireGuard");
+        }
         self.implementation = Some(decided);
         Ok(decided)
     }
@@ -573,8 +590,12 @@ impl Underlay {
 /// Whether the guard, every fail-closed route and this node's devices were there already.
 fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
     observed.ruleset.as_ref() == Some(&plan::ruleset(desired, observed))
-        && desired.devices.keys().all(|name| {
-            observed.links.get(name).is_some_and(|link| link.ours && link.wireguard.is_some())
+        && desired.links().all(|(name, wanted)| {
+            let link = observed.links.get(&name).filter(|link| link.ours);
+            link.is_some_and(|link| match wanted.kind {
+                LinkKind::WireGuard(_) => link.wireguard.is_some(),
+                LinkKind::Vxlan(_) => link.kind == Some(wanted.kind),
+            })
         })
         && desired
             .routes
@@ -583,8 +604,14 @@ fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
             .all(|(key, route)| observed.routes.get(key) == Some(route))
 }
 
-fn publish(publication: &watch::Sender<Option<Publication>>, local: &Local, ready: bool) {
-    let wanted = Publication { annotations: local.annotations(), network_up: ready };
+/// Whether every path to another node is encrypted.
+fn is_encrypted(desired: &Desired) -> bool {
+    let in_clear =
+        |route: &Route| matches!(route.next_hop, NextHop::Vtep { .. } | NextHop::Node { .. });
+    !desired.routes.values().any(in_clear)
+}
+
+fn publish(publication: &watch::Sender<Option<Publication>>, wanted: Publication) {
     publication.send_if_modified(|current| {
         let changed = current.as_ref() != Some(&wanted);
         if changed {

@@ -6,10 +6,9 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use gambeson_mesh::NodeName;
-use gambeson_mesh::desired::{Desired, Implementation, NextHop, PEER_ROUTE_METRIC, RouteKey};
-use gambeson_mesh::node::{Node, Refusal};
+use gambeson_mesh::desired::{Implementation, NextHop, PEER_ROUTE_METRIC, RouteKey};
+use gambeson_mesh::node::{Node, Refusal, Transport};
 use gambeson_mesh::observed::ObservedPeer;
-use gambeson_mesh::session::DeviceName;
 use gambeson_mesh::topology::Mesh;
 use tracing::{debug, info, warn};
 
@@ -26,12 +25,17 @@ const REMIND: Duration = Duration::from_secs(60);
 /// Changes that one log line names; the level DEBUG has all of them.
 const CHANGES_SHOWN: usize = 8;
 
+/// Most peers in clear for which Events are written; a condition says it for more.
+const PLAINTEXT_EVENTS: usize = 16;
+
 /// Compares each pass with the one before.
 #[derive(Debug)]
 pub(super) struct Reporter {
     events: Recorder,
     peers: BTreeSet<NodeName>,
     refused: BTreeMap<NodeName, Refusal>,
+    /// Peers that are reached in clear, and how.
+    plaintext: BTreeMap<NodeName, Transport>,
     warnings: BTreeSet<(Reason, String)>,
     problems: BTreeSet<String>,
     waiting: Option<(String, Instant)>,
@@ -49,6 +53,7 @@ impl Reporter {
             events,
             peers: BTreeSet::new(),
             refused: BTreeMap::new(),
+            plaintext: BTreeMap::new(),
             warnings: BTreeSet::new(),
             problems: BTreeSet::new(),
             waiting: None,
@@ -95,6 +100,7 @@ impl Reporter {
         if let Some(view) = &pass.view {
             self.report_peers(&view.mesh);
             self.report_refused(&view.mesh, &view.node_uid);
+            self.report_plaintext(view);
             self.report_warnings(warnings(pass, &view.mesh).collect(), &view.node_uid);
         }
         if pass.ready && !self.ready {
@@ -177,6 +183,38 @@ impl Reporter {
         self.refused.clone_from(&mesh.refused);
     }
 
+    /// Each pair by itself, until there are so many that nobody would read them all.
+    fn report_plaintext(&mut self, view: &View) {
+        let peers = view.mesh.peers.iter();
+        let transports = peers.filter_map(|(name, node)| {
+            let (transport, _) = path(node, view)?;
+            (!transport.is_encrypted()).then(|| (name.clone(), transport))
+        });
+        let plaintext: BTreeMap<_, _> = transports.collect();
+        for (name, transport) in &plaintext {
+            if self.plaintext.get(name) == Some(transport) {
+                continue;
+            }
+            warn!(peer = name, %transport, "pods' packets to and from this peer are not encrypted");
+            if plaintext.len() <= PLAINTEXT_EVENTS {
+                self.events.record(Note {
+                    node_uid: view.node_uid.clone(),
+                    reason: Reason::PlaintextPeer,
+                    message: format!(
+                        "Pods' packets to and from {name} travel in clear ({transport}), as \
+                         --transports of both nodes allows"
+                    ),
+                });
+            }
+        }
+        for name in self.plaintext.keys().filter(|name| !plaintext.contains_key(*name)) {
+            if view.mesh.peers.contains_key(name) {
+                info!(peer = name, "pods' packets to and from this peer are encrypted now");
+            }
+        }
+        self.plaintext = plaintext;
+    }
+
     fn report_warnings(&mut self, warnings: BTreeSet<(Reason, String)>, node_uid: &str) {
         for (reason, warning) in warnings.difference(&self.warnings) {
             warn!("{warning}");
@@ -201,7 +239,9 @@ impl Reporter {
         };
         let Some(view) = &pass.view else { return status };
         let View { local, underlay, mesh, .. } = view;
-        status.implementation = Some(implementation_name(local.implementation).to_owned());
+        let wanted = local.transports.contains(&Transport::Wireguard);
+        status.implementation =
+            wanted.then(|| implementation_name(local.implementation).to_owned());
         if let Some((generation, key)) = local.current_key() {
             status.set_key(generation, key);
         }
@@ -257,7 +297,8 @@ fn implementation_name(implementation: Implementation) -> &'static str {
 }
 
 fn peer_status(node: &Node, view: &View) -> PeerStatus {
-    let device = route_device(node, &view.desired);
+    let path = path(node, view);
+    let device = path.and_then(|(_, next_hop)| next_hop.device());
     let configured = device
         .and_then(|name| view.desired.devices.get(&name))
         .and_then(|device| device.peers.get(&node.public_key));
@@ -267,12 +308,19 @@ fn peer_status(node: &Node, view: &View) -> PeerStatus {
         .and_then(|wireguard| wireguard.peers.get(&node.public_key));
     let seen = |value: fn(&ObservedPeer) -> u64| observed.map_or(0, value);
     let own_mtu = view.local.inner_mtu();
+    let link = match path {
+        Some((_, NextHop::Node { .. })) => Some(view.underlay.name.clone()),
+        _ => device.map(|name| name.to_string()),
+    };
+    let unknown = || "-".to_owned();
     PeerStatus {
         name: node.name.clone(),
         pod_cidrs: node.pod_cidrs.iter().copied().collect(),
         endpoint: observed.and_then(|p| p.endpoint).or(configured.map(|p| p.endpoint)),
-        transport: transport_name(view.local.implementation).to_owned(),
-        device: device.map_or_else(|| "-".to_owned(), |name| name.to_string()),
+        transport: path.map_or_else(unknown, |(transport, _)| {
+            transport_name(transport, view.local.implementation).to_owned()
+        }),
+        device: link.unwrap_or_else(unknown),
         key_generation: node.generation.number(),
         handshake_age_seconds: observed.and_then(|p| p.handshake_age).map(|age| age.as_secs()),
         rx_bytes: seen(|p| p.rx_bytes),
@@ -281,12 +329,17 @@ fn peer_status(node: &Node, view: &View) -> PeerStatus {
     }
 }
 
-fn route_device(node: &Node, desired: &Desired) -> Option<DeviceName> {
+/// How packets to a node's pods travel, and where the route leads.
+fn path(node: &Node, view: &View) -> Option<(Transport, NextHop)> {
     node.pod_cidrs.iter().find_map(|destination| {
         let key = RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };
-        match desired.routes.get(&key)?.next_hop {
-            NextHop::Device(device) => Some(device),
-            NextHop::Unreachable => None,
-        }
+        let next_hop = view.desired.routes.get(&key)?.next_hop;
+        let transport = match next_hop {
+            NextHop::Device(_) => Transport::Wireguard,
+            NextHop::Vtep { .. } => Transport::Vxlan,
+            NextHop::Node { .. } => Transport::HostGw,
+            NextHop::Unreachable => return None,
+        };
+        Some((transport, next_hop))
     })
 }

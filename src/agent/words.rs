@@ -42,6 +42,10 @@ pub(super) fn describe(action: &Action) -> String {
             let (set, removed) = (change.set_peers.len(), change.remove_peers.len());
             format!("{device} peers +{set} -{removed}")
         }
+        Action::PutNeighbour { device, gateway, .. } => format!("+ {gateway} behind {device}"),
+        Action::DeleteNeighbour { device, gateway } => format!("- {gateway} behind {device}"),
+        Action::PutForwarding { device, mac, node } => format!("+ {mac} at {node} on {device}"),
+        Action::DeleteForwarding { device, mac, .. } => format!("- {mac} on {device}"),
         Action::PutRoute(key, _) => format!("+ route {}", key.destination),
         Action::DeleteRoute(key) => format!("- route {}", key.destination),
         Action::AddRule(rule) => format!("+ rule to {}", rule.destination),

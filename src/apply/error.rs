@@ -1,10 +1,12 @@
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
 use gambeson_keys::Generation;
 use gambeson_mesh::desired::{RouteKey, Rule};
+use gambeson_mesh::mac::Mac;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 
@@ -41,6 +43,31 @@ pub enum ApplyError {
          or use `--wireguard userspace`"
     )]
     NoWireGuard { device: DeviceName, source: io::Error },
+    /// This kernel cannot make links of type `vxlan`.
+    #[error("cannot make link {device}: this kernel has no VXLAN; load it (`modprobe vxlan`)")]
+    NoVxlan { device: DeviceName, source: io::Error },
+    /// Another VXLAN device has the network identifier and the port.
+    #[error(
+        "cannot make link {device}: another VXLAN device has VNI {vni} on UDP port {port}, as \
+         Flannel's flannel.{vni} has (`ip -d link show type vxlan`); delete it, or give \
+         net-conf.json another Backend.VNI or Port, the same on every node"
+    )]
+    VniTaken { device: DeviceName, vni: u32, port: u16, source: io::Error },
+    /// The tables of a VXLAN device could not be read.
+    #[error("cannot read the neighbours of {device}{}", hint(source))]
+    ReadTables { device: DeviceName, source: io::Error },
+    /// A neighbour could not be set.
+    #[error("cannot set the neighbour {gateway} of {device}{}", hint(source))]
+    PutNeighbour { device: DeviceName, gateway: IpAddr, source: io::Error },
+    /// A neighbour could not be removed.
+    #[error("cannot delete the neighbour {gateway} of {device}{}", hint(source))]
+    DeleteNeighbour { device: DeviceName, gateway: IpAddr, source: io::Error },
+    /// An entry of the forwarding database could not be set.
+    #[error("cannot set where {device} sends what is for {mac}{}", hint(source))]
+    PutForwarding { device: DeviceName, mac: Mac, source: io::Error },
+    /// An entry of the forwarding database could not be removed.
+    #[error("cannot delete where {device} sends what is for {mac}{}", hint(source))]
+    DeleteForwarding { device: DeviceName, mac: Mac, source: io::Error },
     /// The userspace device's program could not be started.
     #[error("cannot start `{program} tunnel {device}`{}", hint(source))]
     StartTunnel { device: DeviceName, program: String, source: io::Error },
@@ -184,6 +211,10 @@ impl ApplyError {
             | Self::DeleteRule { source, .. }
             | Self::ReadWireGuard { source, .. }
             | Self::ConfigureWireGuard { source, .. }
+            | Self::PutNeighbour { source, .. }
+            | Self::DeleteNeighbour { source, .. }
+            | Self::PutForwarding { source, .. }
+            | Self::DeleteForwarding { source, .. }
             | Self::Subscribe { source, .. }
             | Self::ReadGeneration { source }
                 if is_denied(source) =>

@@ -9,17 +9,20 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
-use gambeson_mesh::desired::{Implementation, LINK_ALIAS};
+use gambeson_mesh::desired::{Implementation, LINK_ALIAS, LinkKind, VxlanLink};
+use gambeson_mesh::mac::Mac;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{EADDRNOTAVAIL, EEXIST, ENODEV, EOPNOTSUPP};
-use rtnetlink::{LinkUnspec, LinkWireguard};
+use rtnetlink::{LinkUnspec, LinkVxlan, LinkWireguard};
 
 use super::ApplyError;
 use super::netlink::Netlink;
@@ -33,7 +36,8 @@ pub(crate) struct Link {
     pub(crate) index: u32,
     pub(crate) name: String,
     pub(crate) ours: bool,
-    pub(crate) implementation: Option<Implementation>,
+    /// One of those that we make.
+    pub(crate) kind: Option<LinkKind>,
     pub(crate) up: bool,
     pub(crate) loopback: bool,
     pub(crate) mtu: u32,
@@ -46,28 +50,54 @@ impl Link {
             index: message.header.index,
             name: String::new(),
             ours: false,
-            implementation: None,
+            kind: None,
             up: flags.contains(LinkFlags::Up),
             loopback: flags.contains(LinkFlags::Loopback),
             mtu: 0,
         };
+        let mac = message.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Address(bytes) => Mac::from_bytes(bytes),
+            _ => None,
+        });
         for attribute in &message.attributes {
             match attribute {
                 LinkAttribute::IfName(name) => link.name.clone_from(name),
                 LinkAttribute::IfAlias(alias) => link.ours = alias == LINK_ALIAS,
                 LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
-                LinkAttribute::LinkInfo(infos) => {
-                    link.implementation = infos.iter().find_map(|info| match info {
-                        LinkInfo::Kind(InfoKind::Wireguard) => Some(Implementation::Kernel),
-                        LinkInfo::Kind(InfoKind::Tun) => Some(Implementation::Userspace),
-                        _ => None,
-                    });
-                }
+                LinkAttribute::LinkInfo(infos) => link.kind = kind_of(infos, mac),
                 _ => {}
             }
         }
         link
     }
+}
+
+fn kind_of(infos: &[LinkInfo], mac: Option<Mac>) -> Option<LinkKind> {
+    infos.iter().find_map(|info| match info {
+        LinkInfo::Kind(InfoKind::Wireguard) => Some(LinkKind::WireGuard(Implementation::Kernel)),
+        LinkInfo::Kind(InfoKind::Tun) => Some(LinkKind::WireGuard(Implementation::Userspace)),
+        LinkInfo::Data(InfoData::Vxlan(data)) => Some(LinkKind::Vxlan(vxlan_of(data, mac?))),
+        _ => None,
+    })
+}
+
+fn vxlan_of(data: &[InfoVxlan], mac: Mac) -> VxlanLink {
+    let local = IpAddr::from([0; 4]);
+    let (learning, gbp) = (false, false);
+    let mut link = VxlanLink { vni: 0, port: 0, local, underlay: 0, mac, learning, gbp };
+    for attribute in data {
+        match attribute {
+            InfoVxlan::Id(vni) => link.vni = *vni,
+            InfoVxlan::Port(port) => link.port = *port,
+            InfoVxlan::Local(v4) => link.local = (*v4).into(),
+            InfoVxlan::Local6(v6) => link.local = (*v6).into(),
+            InfoVxlan::Link(index) => link.underlay = *index,
+            InfoVxlan::Learning(learning) => link.learning = *learning,
+            InfoVxlan::Gbp => link.gbp = true,
+            _ => {}
+        }
+    }
+    link
 }
 
 /// The link with this name, if there is one.
@@ -122,17 +152,63 @@ pub(super) async fn add_kernel(
     device: DeviceName,
     mtu: u32,
 ) -> Result<(), ApplyError> {
-    delete_abandoned(netlink, device).await?;
     let name = temporary_name();
     let create = LinkWireguard::new(&name).mtu(mtu).build();
+    add(netlink, device, &name, create).await.map_err(|error| match error {
+        ApplyError::AddLink { device, source } if is(&source, EOPNOTSUPP) => {
+            ApplyError::NoWireGuard { device, source }
+        }
+        other => other,
+    })
+}
+
+/// Makes a VXLAN link: down, with empty tables and our alias.
+pub(super) async fn add_vxlan(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    vxlan: &VxlanLink,
+    mtu: u32,
+) -> Result<(), ApplyError> {
+    let VxlanLink { vni, port, .. } = *vxlan;
+    let name = temporary_name();
+    let create = LinkVxlan::new(&name, vni)
+        .port(port)
+        .dev(vxlan.underlay)
+        .learning(vxlan.learning)
+        .address(vxlan.mac.octets().to_vec())
+        .mtu(mtu);
+    let create = match vxlan.local {
+        IpAddr::V4(v4) => create.local(v4),
+        IpAddr::V6(v6) => create.local6(v6),
+    };
+    let create = if vxlan.gbp { create.append_info_data(InfoVxlan::Gbp) } else { create };
+    add(netlink, device, &name, create.build()).await.map_err(|error| match error {
+        ApplyError::AddLink { device, source } if is(&source, EEXIST) => {
+            ApplyError::VniTaken { device, vni, port, source }
+        }
+        ApplyError::AddLink { device, source } if is(&source, EOPNOTSUPP) => {
+            ApplyError::NoVxlan { device, source }
+        }
+        other => other,
+    })
+}
+
+fn is(error: &io::Error, errno: i32) -> bool {
+    error.raw_os_error() == Some(errno)
+}
+
+/// Makes a link under its temporary name, marks it, and gives it its own.
+async fn add(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    name: &str,
+    create: LinkMessage,
+) -> Result<(), ApplyError> {
+    delete_abandoned(netlink, device).await?;
     let flags = NLM_F_CREATE | NLM_F_EXCL;
-    netlink.change(RouteNetlinkMessage::NewLink(create), flags).await.map_err(
-        |source| match source.raw_os_error() {
-            Some(EOPNOTSUPP) => ApplyError::NoWireGuard { device, source },
-            _ => ApplyError::AddLink { device, source },
-        },
-    )?;
-    let Some(link) = find(netlink, &name).await? else {
+    let created = netlink.change(RouteNetlinkMessage::NewLink(create), flags).await;
+    created.map_err(|source| ApplyError::AddLink { device, source })?;
+    let Some(link) = find(netlink, name).await? else {
         return Err(ApplyError::LinkGone { device });
     };
     let result = publish(netlink, link.index, device).await;

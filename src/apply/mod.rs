@@ -14,18 +14,19 @@ mod nft;
 pub(crate) mod route;
 mod rule;
 mod sysctl;
+mod vtep;
 mod wireguard;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{KeyRing, PublicKey};
-use gambeson_mesh::desired::{Implementation, Ruleset, WireGuardDevice};
+use gambeson_mesh::desired::{Implementation, LinkKind, Ruleset, VtepTables, WireGuardDevice};
 use gambeson_mesh::observed::{ForwardDrop, Observed, ObservedLink, ObservedWireGuard};
 use gambeson_mesh::plan::{self, Action, Plan, WireGuardChange};
-use gambeson_mesh::session::{DeviceName, Session};
+use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 use tokio::time::timeout;
 
@@ -135,7 +136,7 @@ impl Kernel {
     pub async fn observe(&mut self) -> Result<Observed, ApplyError> {
         let mut observed = Observed::default();
         let mut devices = BTreeMap::new();
-        for device in Session::all().map(Session::device) {
+        for device in DeviceName::all() {
             let Some(link) = link::find(&mut self.netlink, device.as_str()).await? else {
                 self.unpin(device, None);
                 continue;
@@ -216,6 +217,18 @@ impl Kernel {
         self.guard_whole
     }
 
+    /// Those of these addresses that are reached over the link with this index and no router,
+    /// as the kernel itself would send to them.
+    pub async fn on_link(&mut self, addresses: BTreeSet<IpAddr>, index: u32) -> BTreeSet<IpAddr> {
+        let mut on_link = BTreeSet::new();
+        for address in addresses {
+            if route::is_on_link(&mut self.netlink, address, index).await {
+                on_link.insert(address);
+            }
+        }
+        on_link
+    }
+
     /// Whether a link of type `wireguard` can be made here: makes one under a temporary name
     /// and removes it.
     pub async fn kernel_wireguard_available(&self) -> bool {
@@ -239,15 +252,22 @@ impl Kernel {
         let mut observed = ObservedLink {
             ours: link.ours,
             known: self.known.get(&device) == Some(&link.index),
-            implementation: link.implementation,
+            kind: link.kind,
             up: link.up,
             mtu: link.mtu,
             addresses: link::device_addresses(&mut self.netlink, &link).await?,
             wireguard: None,
+            tables: VtepTables::default(),
         };
-        // Also without our alias: its key may tell that it is ours.
-        if let Some(implementation) = link.implementation {
-            observed.wireguard = wireguard::observe(device, implementation).await?;
+        match link.kind {
+            // Also without our alias: its key may tell that it is ours.
+            Some(LinkKind::WireGuard(implementation)) => {
+                observed.wireguard = wireguard::observe(device, implementation).await?;
+            }
+            Some(LinkKind::Vxlan(_)) => {
+                observed.tables = vtep::observe(&mut self.netlink, device, link.index).await?;
+            }
+            None => {}
         }
         if let Some(state) = &mut observed.wireguard {
             self.unpin(device, Some(state));
@@ -271,15 +291,7 @@ impl Kernel {
                 nft::accept_forwarded(drop, &self.scope.networks).await
             }
             Action::SetSysctl(sysctl, value) => sysctl::write(sysctl, value, &self.scope.proc_sys),
-            Action::AddLink { device, implementation: Implementation::Kernel, mtu } => {
-                link::add_kernel(netlink, *device, *mtu).await
-            }
-            Action::AddLink { device, implementation: Implementation::Userspace, mtu } => {
-                if link::find(netlink, device.as_str()).await?.is_none() {
-                    wireguard::retire(&self.tunnels, *device).await;
-                }
-                wireguard::start(&self.tunnels, *device, *mtu).await
-            }
+            Action::AddLink { device, kind, mtu } => self.add_link(*device, *kind, *mtu).await,
             Action::MarkLink(device) => link::mark(netlink, *device).await,
             Action::DeleteLink(device) => self.delete_link(*device).await,
             Action::SetLinkMtu { device, mtu } => link::set_mtu(netlink, *device, *mtu).await,
@@ -293,6 +305,18 @@ impl Kernel {
             Action::ConfigureWireGuard { device, change } => {
                 self.configure(*device, change, keys).await
             }
+            Action::PutNeighbour { device, gateway, mac } => {
+                vtep::put_neighbour(netlink, *device, *gateway, *mac).await
+            }
+            Action::DeleteNeighbour { device, gateway } => {
+                vtep::delete_neighbour(netlink, *device, *gateway).await
+            }
+            Action::PutForwarding { device, mac, node } => {
+                vtep::put_forwarding(netlink, *device, *mac, *node).await
+            }
+            Action::DeleteForwarding { device, mac, node } => {
+                vtep::delete_forwarding(netlink, *device, *mac, *node).await
+            }
             Action::PutRoute(key, route) => route::put(netlink, *key, route).await,
             Action::DeleteRoute(key) => route::delete(netlink, *key).await,
             Action::AddRule(rule) => rule::add(netlink, *rule).await,
@@ -300,11 +324,33 @@ impl Kernel {
         }
     }
 
+    async fn add_link(
+        &mut self,
+        device: DeviceName,
+        kind: LinkKind,
+        mtu: u32,
+    ) -> Result<(), ApplyError> {
+        let netlink = &mut self.netlink;
+        match kind {
+            LinkKind::WireGuard(Implementation::Kernel) => {
+                link::add_kernel(netlink, device, mtu).await
+            }
+            LinkKind::WireGuard(Implementation::Userspace) => {
+                if link::find(netlink, device.as_str()).await?.is_none() {
+                    wireguard::retire(&self.tunnels, device).await;
+                }
+                wireguard::start(&self.tunnels, device, mtu).await
+            }
+            LinkKind::Vxlan(vxlan) => link::add_vxlan(netlink, device, &vxlan, mtu).await,
+        }
+    }
+
     async fn delete_link(&mut self, device: DeviceName) -> Result<(), ApplyError> {
         let link = link::find(&mut self.netlink, device.as_str()).await?;
         link::delete(&mut self.netlink, device).await?;
         self.unpin(device, None);
-        if link.is_some_and(|link| link.implementation == Some(Implementation::Userspace)) {
+        let userspace = LinkKind::WireGuard(Implementation::Userspace);
+        if link.is_some_and(|link| link.kind == Some(userspace)) {
             wireguard::retire(&self.tunnels, device).await;
         }
         Ok(())
@@ -312,12 +358,17 @@ impl Kernel {
 
     async fn set_link_up(&mut self, device: DeviceName) -> Result<(), ApplyError> {
         match link::set_up(&mut self.netlink, device).await {
-            // Kernel WireGuard binds its port now.
+            // The kernel binds the port now.
             Err(ApplyError::SetUp { source, .. })
                 if source.raw_os_error() == Some(nix::libc::EADDRINUSE) =>
             {
-                let state = wireguard::observe(device, Implementation::Kernel).await?;
-                let port = state.unwrap_or_default().listen_port;
+                let port = match link::ours(&mut self.netlink, device).await?.kind {
+                    Some(LinkKind::Vxlan(vxlan)) => vxlan.port,
+                    _ => {
+                        let state = wireguard::observe(device, Implementation::Kernel).await?;
+                        state.unwrap_or_default().listen_port
+                    }
+                };
                 Err(ApplyError::PortTaken { device, port, source })
             }
             result => result,
@@ -331,7 +382,7 @@ impl Kernel {
         keys: &KeyRing,
     ) -> Result<(), ApplyError> {
         let link = link::ours(&mut self.netlink, device).await?;
-        let Some(implementation) = link.implementation else {
+        let Some(LinkKind::WireGuard(implementation)) = link.kind else {
             return Err(ApplyError::ForeignLink { device });
         };
         wireguard::configure(device, implementation, change, keys).await?;

@@ -48,6 +48,32 @@ pub(super) async fn observe(
     Ok((routes, foreign))
 }
 
+/// The kernel's own choice for a destination, where there is one.
+pub(crate) async fn lookup(netlink: &mut Netlink, address: IpAddr) -> Option<RouteMessage> {
+    let mut request = RouteMessage::default();
+    (request.header.address_family, request.header.destination_prefix_length) = match address {
+        IpAddr::V4(_) => (AddressFamily::Inet, 32),
+        IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+    };
+    request.attributes.push(RouteAttribute::Destination(address.into()));
+    match netlink.get(RouteNetlinkMessage::GetRoute(request)).await {
+        Ok(RouteNetlinkMessage::NewRoute(route)) => Some(route),
+        // It answers an unreachable destination with an errno.
+        _ => None,
+    }
+}
+
+/// Whether a destination is reached over the link with this index and no router.
+pub(super) async fn is_on_link(netlink: &mut Netlink, address: IpAddr, index: u32) -> bool {
+    let Some(route) = lookup(netlink, address).await else { return false };
+    let is_gateway = |attribute: &RouteAttribute| {
+        matches!(attribute, RouteAttribute::Gateway(_) | RouteAttribute::Via(_))
+    };
+    route.header.kind == RouteType::Unicast
+        && output_link(&route) == Some(index)
+        && !route.attributes.iter().any(is_gateway)
+}
+
 /// Index of the link that a route leads out of, if it is one.
 pub(crate) fn output_link(message: &RouteMessage) -> Option<u32> {
     message.attributes.iter().find_map(|attribute| match attribute {
@@ -80,7 +106,10 @@ pub(super) async fn put(
     route: &Route,
 ) -> Result<(), ApplyError> {
     let index = match route.next_hop {
-        NextHop::Device(device) => Some(link::ours(netlink, device).await?.index),
+        NextHop::Device(device) | NextHop::Vtep { device, .. } => {
+            Some(link::ours(netlink, device).await?.index)
+        }
+        NextHop::Node { link, .. } => Some(link),
         NextHop::Unreachable => None,
     };
     let message = RouteNetlinkMessage::NewRoute(message(key, route, index));
@@ -158,15 +187,23 @@ pub(crate) async fn dump(
 
 fn message(key: RouteKey, route: &Route, index: Option<u32>) -> RouteMessage {
     let mut message = blank(key);
-    if let Some(index) = index {
-        message.header.kind = RouteType::Unicast;
-        message.header.scope = match key.destination {
-            IpNet::V4(_) => RouteScope::Link,
-            IpNet::V6(_) => RouteScope::Universe,
-        };
-        message.attributes.push(RouteAttribute::Oif(index));
-    } else {
-        message.header.kind = RouteType::Unreachable;
+    message.header.kind = RouteType::Unicast;
+    message.attributes.extend(index.map(RouteAttribute::Oif));
+    match route.next_hop {
+        NextHop::Device(_) => {
+            message.header.scope = match key.destination {
+                IpNet::V4(_) => RouteScope::Link,
+                IpNet::V6(_) => RouteScope::Universe,
+            };
+        }
+        NextHop::Vtep { gateway, .. } => {
+            message.header.flags = RouteFlags::Onlink;
+            message.attributes.push(RouteAttribute::Gateway(gateway.into()));
+        }
+        NextHop::Node { gateway, .. } => {
+            message.attributes.push(RouteAttribute::Gateway(gateway.into()));
+        }
+        NextHop::Unreachable => message.header.kind = RouteType::Unreachable,
     }
     if let Some(mtu) = route.mtu {
         message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]));
@@ -219,11 +256,11 @@ pub(crate) fn key_of(message: &RouteMessage) -> Option<RouteKey> {
 }
 
 fn route_of(message: &RouteMessage, devices: &BTreeMap<u32, DeviceName>) -> Option<Route> {
-    let mut device = None;
+    let (mut link, mut gateway) = (None, None);
     let mut route = Route { next_hop: NextHop::Unreachable, mtu: None, source: None };
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Oif(index) => device = devices.get(index).copied(),
+            RouteAttribute::Oif(index) => link = Some(*index),
             RouteAttribute::PrefSource(address) => route.source = ip_of(address),
             RouteAttribute::Metrics(metrics) => {
                 route.mtu = metrics.iter().find_map(|metric| match metric {
@@ -231,12 +268,22 @@ fn route_of(message: &RouteMessage, devices: &BTreeMap<u32, DeviceName>) -> Opti
                     _ => None,
                 });
             }
-            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => return None,
+            RouteAttribute::Gateway(address) => gateway = Some(ip_of(address)?),
+            RouteAttribute::Via(_) | RouteAttribute::MultiPath(_) => return None,
             _ => {}
         }
     }
     match message.header.kind {
-        RouteType::Unicast => route.next_hop = NextHop::Device(device?),
+        RouteType::Unicast => {
+            let on_link = message.header.flags.contains(RouteFlags::Onlink);
+            let link = link?;
+            route.next_hop = match (devices.get(&link).copied(), gateway) {
+                (Some(device), None) => NextHop::Device(device),
+                (Some(device), Some(gateway)) if on_link => NextHop::Vtep { device, gateway },
+                (None, Some(gateway)) if !on_link => NextHop::Node { link, gateway },
+                _ => return None,
+            };
+        }
         RouteType::Unreachable => {}
         _ => return None,
     }

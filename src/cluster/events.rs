@@ -38,6 +38,8 @@ pub enum Reason {
     PeerRefused,
     /// An option that somebody set on a Node cannot be used.
     OptionIgnored,
+    /// What pods send to and from a peer travels in clear.
+    PlaintextPeer,
     /// Something on this node works, and is probably not meant.
     NodeAdvice,
 }
@@ -47,6 +49,7 @@ impl Reason {
         match self {
             Self::PeerRefused => "PeerRefused",
             Self::OptionIgnored => "OptionIgnored",
+            Self::PlaintextPeer => "PlaintextPeer",
             Self::NodeAdvice => "NodeAdvice",
         }
     }

@@ -35,9 +35,11 @@ const FIELD_MANAGER: &str = "gambeson";
 pub struct Publication {
     /// Values by annotation name without the prefix; `None` removes the annotation.
     pub annotations: BTreeMap<String, Option<String>>,
-    /// Whether the pod network is up, which three conditions say: `NetworkUnavailable` is
-    /// `False`, `MeshReady` and `MeshEncrypted` are `True`.
+    /// Whether the pod network is up, which is when the conditions are said:
+    /// `NetworkUnavailable` is `False`, `MeshReady` is `True`, and `MeshEncrypted` is what is so.
     pub network_up: bool,
+    /// Whether every path to another node is encrypted.
+    pub encrypted: bool,
 }
 
 /// The part of a [`Publication`] that the Node does not say yet.
@@ -56,7 +58,7 @@ struct ConditionUp {
     message: &'static str,
 }
 
-const UP: [ConditionUp; 3] = [
+const UP: [ConditionUp; 2] = [
     ConditionUp {
         kind: NETWORK_UNAVAILABLE,
         status: "False",
@@ -69,13 +71,22 @@ const UP: [ConditionUp; 3] = [
         reason: UP_REASON,
         message: "the guard, the devices and the CNI configuration are in place",
     },
-    ConditionUp {
-        kind: MESH_ENCRYPTED,
-        status: "True",
-        reason: "WireGuard",
-        message: "every path to another node is through WireGuard",
-    },
 ];
+
+const ENCRYPTED: ConditionUp = ConditionUp {
+    kind: MESH_ENCRYPTED,
+    status: "True",
+    reason: "WireGuard",
+    message: "every path to another node is through WireGuard",
+};
+
+const PLAINTEXT: ConditionUp = ConditionUp {
+    kind: MESH_ENCRYPTED,
+    status: "False",
+    reason: "Plaintext",
+    message: "pods' packets to or from some nodes travel in clear, as --transports there and here \
+              allows; `gambeson status` names them",
+};
 
 impl ConditionUp {
     fn is_said_by(&self, condition: &Condition) -> bool {
@@ -107,7 +118,9 @@ impl Publication {
             }
         }
         let is_said = |up: &ConditionUp| said.iter().any(|condition| up.is_said_by(condition));
-        let unsaid = UP.iter().filter(|up| self.network_up && !is_said(up));
+        let encryption = if self.encrypted { &ENCRYPTED } else { &PLAINTEXT };
+        let all = UP.iter().chain([encryption]);
+        let unsaid = all.filter(|up| self.network_up && !is_said(up));
         let conditions: Vec<_> = unsaid.collect();
         let differs = !conditions.is_empty() || !annotations.is_empty();
         differs.then_some(Difference { annotations, conditions })
@@ -284,6 +297,7 @@ mod tests {
                 ("next-public-key".to_owned(), None),
             ]),
             network_up: true,
+            encrypted: true,
         }
     }
 
@@ -299,7 +313,24 @@ mod tests {
             status: up.status.into(),
             reason: Some(up.reason.into()),
         };
-        UP.iter().map(condition).collect()
+        UP.iter().chain([&ENCRYPTED]).map(condition).collect()
+    }
+
+    #[test]
+    fn a_path_in_clear_is_said_once() {
+        let own = record(&[("port", "51820"), ("mtu", "1440")]);
+        let plain = Publication { encrypted: false, ..publication() };
+        let difference = plain.difference("gambeson.io", &own, &up()).unwrap();
+        let now = "2024-01-02T03:04:05Z".parse().unwrap();
+        let conditions = &difference.patch(now)["status"]["conditions"];
+        assert_eq!(
+            (&conditions[0]["type"], &conditions[0]["status"], &conditions[1]),
+            (&json!("MeshEncrypted"), &json!("False"), &Value::Null)
+        );
+        let mut said = up();
+        let said_last = said.last_mut().unwrap();
+        (said_last.status, said_last.reason) = ("False".into(), Some("Plaintext".into()));
+        assert_eq!(plain.difference("gambeson.io", &own, &said), None);
     }
 
     #[test]

@@ -278,6 +278,7 @@ async fn publishes_once_and_then_never_writes() {
             ("mtu".to_owned(), None),
         ]),
         network_up: false,
+        encrypted: true,
     };
     let (wanted, receiver) = watch::channel(Some(publication));
     let (health, mut trouble) = watch::channel(None);

@@ -82,17 +82,11 @@ fn never_for_pods(network: &IpNet) -> Option<&'static str> {
 
 pub(super) fn transports(given: &[String]) -> Result<BTreeSet<Transport>, ConfigError> {
     const OPTION: &str = "--transports";
-    const REMEDY: &str = "give wireguard";
+    const REMEDY: &str = "give wireguard, host-gw, vxlan, or several of them";
     let mut transports = BTreeSet::new();
     for text in given.iter().map(|t| t.trim()).filter(|t| !t.is_empty()) {
-        match text {
-            "wireguard" => transports.insert(Transport::Wireguard),
-            "host-gw" | "vxlan" => {
-                let problem = format!("{text} is not supported by this version");
-                return Err(invalid(OPTION, problem, REMEDY));
-            }
-            _ => return Err(invalid(OPTION, format!("unknown transport \"{text}\""), REMEDY)),
-        };
+        let unknown = || invalid(OPTION, format!("unknown transport \"{text}\""), REMEDY);
+        transports.insert(Transport::parse(text).ok_or_else(unknown)?);
     }
     if transports.is_empty() {
         return Err(invalid(OPTION, "empty".to_owned(), REMEDY));

@@ -1,7 +1,9 @@
 //! Flannel's `net-conf.json`: what of it an agent needs beside its options.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
+use gambeson_mesh::node::{Transport, Vxlan};
 use serde_json::{Map, Value};
 
 use super::check::{ConfigError, invalid};
@@ -20,7 +22,7 @@ const NEEDLESS: [&str; 7] = [
 ];
 
 /// What the file says.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct NetConf {
     /// `Network` and `IPv6Network` that are enabled, as given.
     pub(super) networks: Vec<String>,
@@ -28,8 +30,25 @@ pub(super) struct NetConf {
     pub(super) port: Option<u16>,
     /// `Backend.MTU`, before WireGuard takes its part, in bytes.
     pub(super) mtu: Option<u32>,
+    /// By `Backend.Type` and `DirectRouting`, or `Backend.Transports`, which is ours.
+    pub(super) transports: BTreeSet<Transport>,
+    /// `Backend.VNI`, `Port`, `Learning` and `GBP` of a VXLAN backend.
+    pub(super) vxlan: Vxlan,
     /// Keys that this version does nothing with.
     pub(super) unknown: Vec<String>,
+}
+
+impl Default for NetConf {
+    fn default() -> Self {
+        Self {
+            networks: Vec::new(),
+            port: None,
+            mtu: None,
+            transports: BTreeSet::from([Transport::Wireguard]),
+            vxlan: Vxlan { vni: 1, port: 8472, learning: false, gbp: false },
+            unknown: Vec::new(),
+        }
+    }
 }
 
 impl NetConf {
@@ -69,13 +88,23 @@ impl NetConf {
 
     fn backend(&mut self, backend: Value) -> Result<(), Wrong> {
         let Value::Object(mut backend) = backend else {
-            let takes = "give {\"Type\": \"wireguard\"}";
+            let takes = "give an object such as {\"Type\": \"wireguard\"}";
             return Err(Wrong { key: "Backend", value: backend, takes });
         };
-        let is_wireguard = |value: &Value| (value == "wireguard").then_some(());
-        let takes = "give \"wireguard\", the only type that this version has";
-        take(&mut backend, "Type", takes, is_wireguard)?;
-        let port = |value: &Value| u16::try_from(value.as_u64()?).ok();
+        let takes = "give \"wireguard\", \"host-gw\" or \"vxlan\"";
+        let transport = |value: &Value| Transport::parse(value.as_str()?);
+        let kind = take(&mut backend, "Type", takes, transport)?.unwrap_or(Transport::Wireguard);
+        self.transports = BTreeSet::from([kind]);
+        if kind == Transport::Vxlan {
+            self.vxlan(&mut backend)?;
+        }
+        let takes = "give a list such as [\"wireguard\", \"vxlan\"]";
+        let list = |value: &Value| {
+            let list: Option<BTreeSet<_>> = value.as_array()?.iter().map(transport).collect();
+            list.filter(|list| !list.is_empty())
+        };
+        let transports = take(&mut backend, "Transports", takes, list)?;
+        self.transports = transports.unwrap_or(std::mem::take(&mut self.transports));
         self.port = take(&mut backend, "ListenPort", "give a UDP port", port)?;
         let bytes = |value: &Value| u32::try_from(value.as_u64()?).ok();
         self.mtu = take(&mut backend, "MTU", "give a number of bytes, or leave it out", bytes)?
@@ -84,6 +113,31 @@ impl NetConf {
         self.unknown.extend(backend.into_iter().map(|(key, _)| format!("Backend.{key}")));
         Ok(())
     }
+
+    fn vxlan(&mut self, backend: &mut Map<String, Value>) -> Result<(), Wrong> {
+        let vni = |value: &Value| u32::try_from(value.as_u64()?).ok().filter(|vni| vni >> 24 == 0);
+        let takes = "give a number from 0 to 16777215";
+        let Vxlan { vni: default, port: default_port, .. } = self.vxlan;
+        let mut flag = |key| take(backend, key, "give true or false", Value::as_bool);
+        let (learning, gbp) = (flag("Learning")?, flag("GBP")?);
+        let direct = flag("DirectRouting")?.unwrap_or(false);
+        // Flannel's for "route where there is no router in between, else VXLAN".
+        self.transports.extend(direct.then_some(Transport::HostGw));
+        self.vxlan = Vxlan {
+            vni: take(backend, "VNI", takes, vni)?.unwrap_or(default),
+            // As in Flannel: the kernel's own default port.
+            port: take(backend, "Port", "give a UDP port", port)?
+                .filter(|port| *port != 0)
+                .unwrap_or(default_port),
+            learning: learning.unwrap_or(false),
+            gbp: gbp.unwrap_or(false),
+        };
+        Ok(())
+    }
+}
+
+fn port(value: &Value) -> Option<u16> {
+    u16::try_from(value.as_u64()?).ok()
 }
 
 /// A value that cannot be, and what the key takes.
@@ -138,12 +192,42 @@ mod tests {
     }
 
     #[test]
+    fn the_backends_of_flannel_are_transports() {
+        use Transport::{HostGw, Vxlan, Wireguard};
+        for (backend, transports) in [
+            (json!({}), &[Wireguard][..]),
+            (json!({ "Type": "wireguard" }), &[Wireguard]),
+            (json!({ "Type": "host-gw" }), &[HostGw]),
+            (json!({ "Type": "vxlan" }), &[Vxlan]),
+            (json!({ "Type": "vxlan", "DirectRouting": true }), &[HostGw, Vxlan]),
+            (json!({ "Type": "vxlan", "Transports": ["wireguard", "vxlan"] }), &[Wireguard, Vxlan]),
+        ] {
+            let conf = parse(json!({ "Backend": backend })).unwrap();
+            assert_eq!(conf.transports, transports.iter().copied().collect(), "{conf:?}");
+            assert!(conf.unknown.is_empty(), "{conf:?}");
+        }
+        let backend = json!({
+            "Type": "vxlan", "VNI": 4096, "Port": 4789, "Learning": true, "GBP": true,
+        });
+        let conf = parse(json!({ "Backend": backend })).unwrap();
+        let vxlan = self::Vxlan { vni: 4096, port: 4789, learning: true, gbp: true };
+        assert_eq!((conf.vxlan, conf.unknown), (vxlan, vec![]));
+    }
+
+    #[test]
     fn a_wrong_value_is_named_with_what_its_key_takes() {
         for (value, says) in [
             (json!({ "Network": 10 }), "Network 10 give a network"),
             (json!({ "EnableIPv6": "yes" }), "EnableIPv6 \"yes\" give true or false"),
-            (json!({ "Backend": "vxlan" }), "Backend \"vxlan\" give {\"Type\": \"wireguard\"}"),
-            (json!({ "Backend": { "Type": "vxlan" } }), "Type \"vxlan\" give \"wireguard\""),
+            (json!({ "Backend": "vxlan" }), "Backend \"vxlan\" give an object such as"),
+            (
+                json!({ "Backend": { "Type": "udp" } }),
+                "Type \"udp\" give \"wireguard\", \"host-gw\"",
+            ),
+            (json!({ "Backend": { "Type": "vxlan", "VNI": 1 << 24 } }), "VNI 16777216 give a num"),
+            (json!({ "Backend": { "Type": "vxlan", "GBP": 1 } }), "GBP 1 give true or false"),
+            (json!({ "Backend": { "Transports": ["udp"] } }), "Transports [\"udp\"] give a list"),
+            (json!({ "Backend": { "Transports": [] } }), "Transports [] give a list"),
             (json!({ "Backend": { "ListenPort": 70_000 } }), "ListenPort 70000 give a UDP port"),
             (json!({ "Backend": { "MTU": -1 } }), "MTU -1 give a number of bytes"),
         ] {

@@ -1,3 +1,4 @@
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -21,6 +22,7 @@ pub(super) fn ruleset(masquerade: bool) -> Ruleset {
     Ruleset {
         cluster_networks: networks.iter().map(|n| n.parse().unwrap()).collect(),
         trusted_links: links.iter().map(|&l| l.to_owned()).collect(),
+        plaintext: BTreeMap::new(),
         masquerade,
     }
 }

@@ -1,4 +1,4 @@
-use gambeson_mesh::desired::{Implementation, NextHop, Route, RouteKey, Sysctl};
+use gambeson_mesh::desired::{Implementation, LinkKind, NextHop, Route, RouteKey, Sysctl};
 use gambeson_mesh::plan::Action;
 
 use crate::common::namespace::{attempt, device, execute, in_namespace, kernel, make_tun, sh};
@@ -38,7 +38,7 @@ fn changes_of_a_link_are_observed() {
         .await;
         let link = kernel.observe().await.unwrap().links.remove(&device).unwrap();
         assert!(link.ours && link.up);
-        assert_eq!(link.implementation, Some(Implementation::Userspace));
+        assert_eq!(link.kind, Some(LinkKind::WireGuard(Implementation::Userspace)));
         assert_eq!(link.mtu, 1420);
         assert_eq!(link.addresses, [v4, v6].into());
         assert_eq!(link.wireguard, None);
@@ -69,7 +69,7 @@ fn a_foreign_link_is_observed_and_never_touched() {
         let mut kernel = kernel().await;
         let link = kernel.observe().await.unwrap().links.remove(&device).unwrap();
         assert!(!link.ours);
-        assert_eq!(link.implementation, None);
+        assert_eq!(link.kind, None);
 
         let address = "10.244.1.0/32".parse().unwrap();
         let errors = attempt(
@@ -132,7 +132,7 @@ fn a_missing_program_is_named() {
     in_namespace(async || {
         let add = Action::AddLink {
             device: device(0),
-            implementation: Implementation::Userspace,
+            kind: LinkKind::WireGuard(Implementation::Userspace),
             mtu: 1420,
         };
         let errors = attempt(&mut kernel().await, [add]).await;
@@ -147,7 +147,11 @@ fn a_kernel_link_is_made_or_the_missing_module_named() {
     in_namespace(async || {
         let mut kernel = kernel().await;
         let device = device(0);
-        let add = Action::AddLink { device, implementation: Implementation::Kernel, mtu: 1420 };
+        let add = Action::AddLink {
+            device,
+            kind: LinkKind::WireGuard(Implementation::Kernel),
+            mtu: 1420,
+        };
         let available = kernel.kernel_wireguard_available().await;
         let errors = attempt(&mut kernel, [add]).await;
         let observed = kernel.observe().await.unwrap();
@@ -155,7 +159,7 @@ fn a_kernel_link_is_made_or_the_missing_module_named() {
             assert!(errors.is_empty(), "{errors:?}");
             let link = &observed.links[&device];
             assert!(link.ours && !link.up && link.mtu == 1420);
-            assert_eq!(link.implementation, Some(Implementation::Kernel));
+            assert_eq!(link.kind, Some(LinkKind::WireGuard(Implementation::Kernel)));
         } else {
             assert!(matches!(errors.as_slice(), [ApplyError::NoWireGuard { .. }]), "{errors:?}");
         }
@@ -189,7 +193,11 @@ fn a_missing_capability_is_named() {
                 .await
                 .unwrap();
         let device = device(0);
-        let add = |implementation| Action::AddLink { device, implementation, mtu: 1420 };
+        let add = |implementation| Action::AddLink {
+            device,
+            kind: LinkKind::WireGuard(implementation),
+            mtu: 1420,
+        };
         let destination = "10.244.0.0/16".parse().unwrap();
         let route = Route { next_hop: NextHop::Unreachable, mtu: None, source: None };
         for action in [

@@ -5,4 +5,5 @@ mod firewall;
 mod links;
 mod round;
 mod routes;
+mod vxlan;
 pub(crate) mod wireguard;

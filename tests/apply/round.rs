@@ -17,6 +17,7 @@ fn desired() -> Desired {
     };
     Desired {
         devices: BTreeMap::new(),
+        vteps: BTreeMap::new(),
         routes: ["10.244.0.0/16", "fd00:10:244::/48"]
             .map(|network| (key(network), unreachable.clone()))
             .into(),

@@ -9,7 +9,8 @@ use gambeson::apply::{ApplyError, Kernel, Scope};
 use gambeson::exit::Exit;
 use gambeson_keys::{Generation, KeyRing, PrivateKey, PublicKey};
 use gambeson_mesh::desired::{
-    Desired, Implementation, NextHop, Route, RouteKey, Sysctl, WireGuardDevice, WireGuardPeer,
+    Desired, Implementation, LinkKind, NextHop, Route, RouteKey, Sysctl, WireGuardDevice,
+    WireGuardPeer,
 };
 use gambeson_mesh::observed::Observed;
 use gambeson_mesh::plan::{Action, Plan};
@@ -123,7 +124,7 @@ pub(crate) fn full_round(implementation: Implementation) {
         let observed = node.converge(&mut kernel).await;
         let link = &observed.links[&node.device];
         assert!(link.ours && link.up);
-        assert_eq!(link.implementation, Some(implementation));
+        assert_eq!(link.kind, Some(LinkKind::WireGuard(implementation)));
         let state = link.wireguard.as_ref().unwrap();
         assert_eq!(state.public_key, Some(node.keys.publics()[&Generation::FIRST]));
         for (key, peer) in &node.session().peers.clone() {
@@ -257,7 +258,11 @@ pub(crate) fn taken_name(implementation: Implementation) {
         );
         assert!(plan.foreign.contains(&device(0)));
         // Even when it appears between looking and acting.
-        let actions = vec![Action::AddLink { device: device(0), implementation, mtu: 1420 }];
+        let actions = vec![Action::AddLink {
+            device: device(0),
+            kind: LinkKind::WireGuard(implementation),
+            mtu: 1420,
+        }];
         let plan = Plan { actions, ..Plan::default() };
         let keys = KeyRing::new(Generation::FIRST, PrivateKey::generate());
         let errors = kernel.execute(&plan, &keys).await;

@@ -1,6 +1,7 @@
 //! `lab -> pairs, MTU, canary, throughput -> Verification`: whether the whole mesh works,
 //! measured from inside the pods, and whether anything travels in clear.
 
+mod between;
 mod mtu;
 mod pairs;
 mod plaintext;
@@ -16,6 +17,7 @@ use super::error::LabError;
 use super::instance::Lab;
 use super::node::Pod;
 use super::progress::Progress;
+use between::Transports;
 
 pub use throughput::measure as measure_throughput;
 
@@ -80,7 +82,8 @@ pub struct PairResult {
     pub ok: bool,
     /// Median round-trip time in microseconds.
     pub rtt_us: Option<u64>,
-    /// `wireguard-kernel`, `wireguard-userspace`, `local` on one node, or `unknown`.
+    /// `wireguard-kernel`, `wireguard-userspace`, `host-gw`, `vxlan`, `local` on one node, or
+    /// `unknown`.
     pub transport: String,
     /// What went wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -107,6 +110,10 @@ pub struct PlaintextResult {
     pub packets_seen: u64,
     /// The canary, sent between pods on different nodes, was seen on the underlay.
     pub canary_found: bool,
+    /// Ordered pairs of nodes that it was sent between.
+    pub encrypted_pairs: usize,
+    /// Ordered pairs of nodes whose agents say that pods' packets between them travel in clear.
+    pub plaintext_pairs: usize,
     /// The control, sent between nodes in clear, was seen on the underlay.
     pub control_found: bool,
 }
@@ -120,14 +127,15 @@ impl Lab {
             failures.push("the lab has no pods, so there is nothing to check".to_owned());
         }
         progress.step("checking every pair");
-        let (pairs, node_pairs) = pairs::check(self)?;
+        let transports = Transports::of(self);
+        let (pairs, node_pairs) = pairs::check(self, &transports)?;
         failures.extend(pairs::failures(pairs.iter().chain(&node_pairs)));
         progress.step("finding the MTU to the byte");
         let mtu = mtu::check(self, IpFamily::V4, &mut failures)?;
         let mtu_v6 = mtu::check(self, IpFamily::V6, &mut failures)?;
         let (mtu, mtu_v6) = if mtu.is_some() { (mtu, mtu_v6) } else { (mtu_v6, None) };
         progress.step("looking for clear text on the underlay");
-        let plaintext = plaintext::check(self, &mut failures)?;
+        let plaintext = plaintext::check(self, &transports, &mut failures)?;
         progress.step("measuring the throughput");
         let throughput_gbps = throughput::check(self, &mut failures)?;
         progress.done();

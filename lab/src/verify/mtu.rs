@@ -32,13 +32,15 @@ pub(super) fn check(
     family: IpFamily,
     failures: &mut Vec<String>,
 ) -> Result<Option<MtuResult>, LabError> {
-    let expected = lab.options().pod_mtu();
+    let options = lab.options();
     let mut result: Option<MtuResult> = None;
     for (from, to) in lab.first_pod_pairs() {
         let addresses = to.addresses();
         let Some(address) = addresses.into_iter().find(|ip| IpFamily::of(*ip) == family) else {
             continue;
         };
+        let own = options.pod_mtu_of(from.node().index());
+        let expected = own.min(options.pod_mtu_of(to.node().index()));
         let pod = interface_mtu(&from.netns())?;
         let found = from.netns().run(|| find(address, pod))?.map_err(|source| {
             LabError::Measure { what: format!("ping {address} from {}", from.name()), source }
@@ -62,14 +64,13 @@ pub(super) fn check(
                 (Some(largest_ok), told.then_some(next))
             }
         };
-        if pod != expected {
-            failures.push(format!(
-                "{}: the pod's MTU is {pod} bytes and should be {expected}",
-                from.name()
-            ));
+        if pod != own {
+            failures
+                .push(format!("{}: the pod's MTU is {pod} bytes and should be {own}", from.name()));
         }
         let worst = result.get_or_insert(MtuResult { pod, expected, largest_ok, first_refused });
         worst.pod = worst.pod.min(pod);
+        worst.expected = worst.expected.min(expected);
         worst.largest_ok = worst.largest_ok.min(largest_ok);
         worst.first_refused = worst.first_refused.min(first_refused);
     }

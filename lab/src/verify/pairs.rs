@@ -1,12 +1,12 @@
 //! Every ordered pair: three echoes and one TCP conversation.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::thread;
 use std::time::Duration;
 
+use super::between::Transports;
 use super::{IpFamily, PairResult};
 use crate::error::LabError;
 use crate::instance::{Lab, in_parallel};
@@ -25,13 +25,12 @@ struct Place {
     addresses: Vec<IpAddr>,
 }
 
-/// Transport by the names of the sending and the receiving node.
-type Transports = BTreeMap<(String, String), String>;
-
 /// Checks every ordered pair of pods, and of nodes and pods.
-pub(super) fn check(lab: &Lab) -> Result<(Vec<PairResult>, Vec<PairResult>), LabError> {
+pub(super) fn check(
+    lab: &Lab,
+    transports: &Transports,
+) -> Result<(Vec<PairResult>, Vec<PairResult>), LabError> {
     let places = places(lab);
-    let transports = transports(lab);
     let servers = start_servers(&places)?;
     let results = Mutex::new(Vec::new());
     let workers = thread::available_parallelism().map_or(2, usize::from) * 2;
@@ -46,7 +45,7 @@ pub(super) fn check(lab: &Lab) -> Result<(Vec<PairResult>, Vec<PairResult>), Lab
             let of_place = from.netns.run(|| {
                 let pairs = targets.iter().flat_map(|(to, server)| {
                     to.addresses.iter().map(|ip| {
-                        check_pair(from, to, SocketAddr::new(*ip, server.port()), &transports)
+                        check_pair(from, to, SocketAddr::new(*ip, server.port()), transports)
                     })
                 });
                 pairs.collect::<Vec<_>>()
@@ -105,25 +104,12 @@ fn start_servers(places: &[Place]) -> Result<Vec<EchoServer>, LabError> {
     places.iter().map(start).collect()
 }
 
-/// As the agents say. One that cannot be asked says nothing.
-fn transports(lab: &Lab) -> Transports {
-    let mut transports = Transports::new();
-    for node in lab.nodes() {
-        let Ok(status) = node.status() else { continue };
-        for peer in status.peers {
-            transports.insert((node.name(), peer.name), peer.transport);
-        }
-    }
-    transports
-}
-
 fn check_pair(from: &Place, to: &Place, server: SocketAddr, transports: &Transports) -> PairResult {
     let outcome = probe(server);
     let transport = if from.node == to.node {
         "local"
     } else {
-        let known = transports.get(&(from.node.clone(), to.node.clone()));
-        known.map_or("unknown", String::as_str)
+        transports.name(&from.node, &to.node).unwrap_or("unknown")
     };
     let unnamed = (transport == "unknown" && outcome.is_ok())
         .then(|| format!("the agent of {} does not name its transport", from.node));

@@ -56,9 +56,15 @@ impl Verification {
         let canary = match text.canary_found {
             true => format!("FOUND in {} packets on the underlay", text.packets_seen),
             false if self.nodes == 1 => "not sent: no other node".to_owned(),
+            false if text.encrypted_pairs == 0 => "not sent: nothing is encrypted".to_owned(),
             false => format!("not seen in {} packets on the underlay", text.packets_seen),
         };
         row("canary", canary, !text.canary_found);
+        if text.plaintext_pairs > 0 {
+            let of = text.plaintext_pairs + text.encrypted_pairs;
+            let result = format!("{} of {of} node pairs, as both allow", text.plaintext_pairs);
+            row("in clear", result, true);
+        }
         let control = if text.control_found { "found in clear" } else { "not found" };
         row("positive control", control.to_owned(), text.control_found);
         if let Some(gbps) = self.throughput_gbps {
@@ -196,6 +202,8 @@ mod tests {
             plaintext: PlaintextResult {
                 packets_seen: 7,
                 canary_found: false,
+                encrypted_pairs: 2,
+                plaintext_pairs: 0,
                 control_found: true,
             },
             throughput_gbps: Some(1.5),

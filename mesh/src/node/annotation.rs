@@ -14,6 +14,10 @@ pub const ENDPOINT_V6: &str = "endpoint-v6";
 pub const PORT: &str = "port";
 /// Transports the node accepts, separated by commas.
 pub const TRANSPORTS: &str = "transports";
+/// Ethernet address of the VXLAN device over IPv4, when the node offers VXLAN.
+pub const VTEP_MAC: &str = "vtep-mac";
+/// Ethernet address of the VXLAN device over IPv6.
+pub const VTEP_MAC_V6: &str = "vtep-mac-v6";
 /// Inner MTU of the node in bytes.
 pub const MTU: &str = "mtu";
 /// An operator's IPv4 address in place of [`ENDPOINT`].

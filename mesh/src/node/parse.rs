@@ -8,9 +8,10 @@ use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
 use super::{
-    DEFAULT_PORT, Endpoints, Local, MAX_PORT, Node, NodeRecord, Refusal, Transport, annotation,
-    excerpt,
+    DEFAULT_PORT, Endpoints, Local, MAX_PORT, Node, NodeRecord, Refusal, Transport, Vteps,
+    annotation, excerpt,
 };
+use crate::mac::{Mac, MacError};
 
 /// Longest value that is looked at, in bytes. The longest valid one is a list of transports.
 const LONGEST: usize = 256;
@@ -51,6 +52,10 @@ impl Node {
             endpoints: values.endpoints(&local.cluster_networks, &mut ignored)?,
             port: values.port()?,
             transports: values.transports()?,
+            vteps: Vteps {
+                v4: values.mac(annotation::VTEP_MAC)?,
+                v6: values.mac(annotation::VTEP_MAC_V6)?,
+            },
             mtu: values.mtu()?,
             persistent_keepalive: option(persistent_keepalive(record, &local.prefix), &mut ignored),
             pod_cidrs: pod_cidrs(record, &local.cluster_networks)?,
@@ -288,6 +293,16 @@ impl<'a> Values<'a> {
             });
         }
         Ok(text.split(',').filter_map(Transport::parse).collect())
+    }
+
+    fn mac(&self, annotation: &'static str) -> Result<Option<Mac>, Refusal> {
+        let Some(text) = self.text(annotation)? else { return Ok(None) };
+        let mac = text.parse().map_err(|_: MacError| Refusal::Value {
+            annotation: self.key(annotation),
+            value: excerpt(text),
+            problem: "not an Ethernet address of one device",
+        })?;
+        Ok(Some(mac))
     }
 
     fn mtu(&self) -> Result<Option<u32>, Refusal> {

@@ -96,6 +96,18 @@ pub enum Refusal {
         "accepts {theirs} and this node {ours}: no transport in common; set --transports on both"
     )]
     NoCommonTransport { theirs: String, ours: String },
+    /// Two Nodes publish one VXLAN device. The one that had it first keeps it.
+    #[error(
+        "annotation {annotation} is the device of node {owner}; only the agent there should write \
+         it: see its log and who else may patch Nodes"
+    )]
+    DuplicateVtep { annotation: String, owner: NodeName },
+    /// The pair has only host-gw in common, and a router between them.
+    #[error(
+        "cannot be reached from {ours} without a router, which host-gw cannot cross; add vxlan to \
+         --transports on both, or wireguard"
+    )]
+    NotOnLink { ours: NodeName },
     /// The pair has no IP family on the underlay that both have.
     #[error("has an {theirs} endpoint only and this node an {ours} one only: no path between them")]
     NoCommonFamily { theirs: &'static str, ours: &'static str },

@@ -4,8 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
-use super::{Action, Plan, wireguard};
-use crate::desired::{Desired, Implementation, NextHop, Route, Ruleset, Sysctl, WireGuardDevice};
+use super::{Action, Plan, vxlan, wireguard};
+use crate::desired::{
+    Desired, Implementation, LinkKind, NextHop, Route, Ruleset, Sysctl, WantedLink, WireGuardDevice,
+};
 use crate::observed::{ForeignRoute, Observed, ObservedLink, ObservedWireGuard};
 use crate::session::DeviceName;
 
@@ -16,6 +18,7 @@ pub(super) fn plan(desired: &Desired, observed: &Observed) -> Plan {
     difference.links(&mut actions);
     difference.wireguard(&mut actions);
     difference.addresses(&mut actions);
+    difference.tables(&mut actions);
     difference.device_settings(&mut actions);
     difference.routes(&mut actions);
     difference.deletions(&mut actions);
@@ -30,6 +33,7 @@ pub(super) fn ruleset(desired: &Desired, observed: &Observed) -> Ruleset {
     for (name, link) in &observed.links {
         if !link.is_ours() {
             ruleset.trusted_links.remove(name.as_str());
+            ruleset.plaintext.remove(name.as_str());
         }
     }
     ruleset
@@ -38,8 +42,8 @@ pub(super) fn ruleset(desired: &Desired, observed: &Observed) -> Ruleset {
 /// The kernel takes the longest prefix, and of equal ones the lowest metric.
 fn overruled(desired: &Desired, observed: &Observed) -> BTreeMap<ForeignRoute, IpNet> {
     let wins = |foreign: &ForeignRoute| {
-        let to_device = |route: &Route| matches!(route.next_hop, NextHop::Device(_));
-        let ours = desired.routes.iter().filter(|(_, route)| to_device(route));
+        let leads = |route: &Route| route.next_hop != NextHop::Unreachable;
+        let ours = desired.routes.iter().filter(|(_, route)| leads(route));
         ours.map(|(key, _)| key).find(|ours| {
             let same = foreign.key.destination == ours.destination;
             let first = same && foreign.key.metric <= ours.metric;
@@ -53,8 +57,8 @@ fn overruled(desired: &Desired, observed: &Observed) -> BTreeMap<ForeignRoute, I
 struct Difference<'a> {
     desired: &'a Desired,
     observed: &'a Observed,
-    /// Desired devices, less those whose name somebody else has.
-    devices: BTreeMap<DeviceName, &'a WireGuardDevice>,
+    /// Desired links, less those whose name somebody else has.
+    links: BTreeMap<DeviceName, WantedLink<'a>>,
     /// Links of ours that stay.
     kept: BTreeMap<DeviceName, &'a ObservedLink>,
     /// Links of ours that are deleted and made again.
@@ -71,7 +75,7 @@ impl<'a> Difference<'a> {
         let mut difference = Self {
             desired,
             observed,
-            devices: desired.devices.iter().map(|(name, device)| (*name, device)).collect(),
+            links: desired.links().collect(),
             kept: BTreeMap::new(),
             remade: BTreeSet::new(),
             surplus: BTreeSet::new(),
@@ -79,7 +83,7 @@ impl<'a> Difference<'a> {
             foreign: BTreeSet::new(),
         };
         for (name, link) in &observed.links {
-            let wanted = desired.devices.get(name);
+            let wanted = difference.links.get(name);
             let ours = link.is_ours();
             if ours && !link.ours {
                 difference.unmarked.insert(*name);
@@ -88,10 +92,10 @@ impl<'a> Difference<'a> {
                 (false, None) => {}
                 (false, Some(_)) => {
                     difference.foreign.insert(*name);
-                    difference.devices.remove(name);
+                    difference.links.remove(name);
                 }
                 (true, None) => _ = difference.surplus.insert(*name),
-                (true, Some(device)) if must_be_remade(device, link) => {
+                (true, Some(wanted)) if must_be_remade(wanted.kind, link) => {
                     difference.remade.insert(*name);
                 }
                 (true, Some(_)) => _ = difference.kept.insert(*name, link),
@@ -130,8 +134,8 @@ impl<'a> Difference<'a> {
 
     fn links(&self, actions: &mut Vec<Action>) {
         actions.extend(self.unmarked.iter().map(|device| Action::MarkLink(*device)));
-        for (device, wanted) in &self.devices {
-            let (device, mtu) = (*device, wanted.mtu);
+        for (device, wanted) in &self.links {
+            let (device, mtu, kind) = (*device, wanted.mtu, wanted.kind);
             match self.kept.get(&device) {
                 Some(link) if link.mtu == mtu => {}
                 Some(_) => actions.push(Action::SetLinkMtu { device, mtu }),
@@ -139,8 +143,7 @@ impl<'a> Difference<'a> {
                     if self.remade.contains(&device) {
                         actions.push(Action::DeleteLink(device));
                     }
-                    let implementation = wanted.implementation;
-                    actions.push(Action::AddLink { device, implementation, mtu });
+                    actions.push(Action::AddLink { device, kind, mtu });
                 }
             }
         }
@@ -148,15 +151,14 @@ impl<'a> Difference<'a> {
 
     fn wireguard(&self, actions: &mut Vec<Action>) {
         let mut changes: Vec<_> = self
-            .devices
-            .iter()
-            .map(|(name, device)| (*name, wireguard::additions(device, &self.state_of(*name))))
+            .wireguard_devices()
+            .map(|(name, device)| (name, wireguard::additions(device, &self.state_of(name))))
             .filter(|(_, change)| !change.is_empty())
             .collect();
         // When the base port grows, a device's new port may still be the old one of the next
         // device, so that the last goes first.
         let grows = |(name, _): &(DeviceName, _)| {
-            let device = self.devices.get(name);
+            let device = self.desired.devices.get(name);
             device.is_some_and(|device| device.listen_port > self.state_of(*name).listen_port)
         };
         if changes.iter().any(grows) {
@@ -169,16 +171,27 @@ impl<'a> Difference<'a> {
     fn addresses(&self, actions: &mut Vec<Action>) {
         // Where IPv6 is disabled there are no addresses of it.
         self.settings(actions, |sysctl| matches!(sysctl, Sysctl::DisableIpv6(_)));
-        for (device, wanted) in &self.devices {
+        for (device, wanted) in &self.links {
             let device = *device;
             let has = self.kept.get(&device).map(|link| &link.addresses);
             let missing = |address: &&_| !has.is_some_and(|has| has.contains(address));
             let add = |address: &_| Action::AddAddress { device, address: *address };
             actions.extend(wanted.addresses.iter().filter(missing).map(add));
         }
-        for device in self.devices.keys() {
+        for device in self.links.keys() {
             if !self.kept.get(device).is_some_and(|link| link.up) {
                 actions.push(Action::SetLinkUp(*device));
+            }
+        }
+    }
+
+    /// Where packets of the VXLAN devices go; a device that comes up forgets its neighbours.
+    fn tables(&self, actions: &mut Vec<Action>) {
+        for (device, vtep) in &self.desired.vteps {
+            if self.links.contains_key(device) {
+                let up = self.kept.get(device).filter(|link| link.up);
+                let observed = up.map(|link| link.tables.clone()).unwrap_or_default();
+                actions.extend(vxlan::additions(*device, &vtep.tables, &observed));
             }
         }
     }
@@ -194,7 +207,7 @@ impl<'a> Difference<'a> {
             let is = self.observed.sysctls.get(sysctl).filter(|_| stays);
             // A kernel without IPv6 has no setting for it.
             let absent = stays && is.is_none() && matches!(sysctl, Sysctl::DisableIpv6(_));
-            if self.devices.contains_key(&device) && !absent && is != Some(value) {
+            if self.links.contains_key(&device) && !absent && is != Some(value) {
                 actions.push(Action::SetSysctl(sysctl.clone(), value.clone()));
             }
         }
@@ -202,11 +215,16 @@ impl<'a> Difference<'a> {
 
     fn routes(&self, actions: &mut Vec<Action>) {
         for (key, route) in &self.desired.routes {
-            let NextHop::Device(device) = route.next_hop else { continue };
-            // A link takes its routes with it when it is deleted.
-            let stays = self.kept.contains_key(&device);
+            let (exists, stays) = match (route.next_hop, route.next_hop.device()) {
+                (NextHop::Unreachable, _) => continue,
+                // A link takes its routes with it when it is deleted.
+                (_, Some(device)) => {
+                    (self.links.contains_key(&device), self.kept.contains_key(&device))
+                }
+                (_, None) => (true, true),
+            };
             let is_set = stays && self.observed.routes.get(key) == Some(route);
-            if self.devices.contains_key(&device) && !is_set {
+            if exists && !is_set {
                 actions.push(Action::PutRoute(*key, route.clone()));
             }
         }
@@ -220,14 +238,19 @@ impl<'a> Difference<'a> {
                 actions.push(Action::DeleteRoute(*key));
             }
         }
-        for (device, wanted) in &self.devices {
-            let change = wireguard::removals(wanted, &self.state_of(*device));
+        for (device, wanted) in self.wireguard_devices() {
+            let change = wireguard::removals(wanted, &self.state_of(device));
             if !change.is_empty() {
-                actions.push(Action::ConfigureWireGuard { device: *device, change });
+                actions.push(Action::ConfigureWireGuard { device, change });
             }
         }
         for (device, link) in &self.kept {
-            let wanted = self.devices.get(device).map(|device| &device.addresses);
+            if let Some(vtep) = self.desired.vteps.get(device) {
+                actions.extend(vxlan::removals(*device, &vtep.tables, &link.tables));
+            }
+        }
+        for (device, link) in &self.kept {
+            let wanted = self.links.get(device).map(|wanted| wanted.addresses);
             for address in &link.addresses {
                 if !wanted.is_some_and(|wanted| wanted.contains(address)) {
                     actions.push(Action::DeleteAddress { device: *device, address: *address });
@@ -235,6 +258,12 @@ impl<'a> Difference<'a> {
             }
         }
         actions.extend(self.surplus.iter().map(|device| Action::DeleteLink(*device)));
+    }
+
+    /// Desired WireGuard devices, less those whose name somebody else has.
+    fn wireguard_devices(&self) -> impl Iterator<Item = (DeviceName, &'a WireGuardDevice)> {
+        let devices = self.desired.devices.iter().map(|(name, device)| (*name, device));
+        devices.filter(|(name, _)| self.links.contains_key(name))
     }
 
     /// The WireGuard state that a device starts from: nothing, for one that is made anew or
@@ -246,22 +275,21 @@ impl<'a> Difference<'a> {
 
     /// Desired, and not through a device that belongs to somebody else.
     fn is_wanted_route(&self, key: &crate::desired::RouteKey) -> bool {
-        self.desired.routes.get(key).is_some_and(|route| match route.next_hop {
-            NextHop::Unreachable => true,
-            NextHop::Device(device) => self.devices.contains_key(&device),
+        self.desired.routes.get(key).is_some_and(|route| {
+            route.next_hop.device().is_none_or(|device| self.links.contains_key(&device))
         })
     }
 
     /// Gone by now, because its link was deleted to be made again.
     fn is_flushed(&self, next_hop: NextHop) -> bool {
-        matches!(next_hop, NextHop::Device(device) if self.remade.contains(&device))
+        next_hop.device().is_some_and(|device| self.remade.contains(&device))
     }
 }
 
-/// Of the other kind, or a TUN device whose process is gone. A kernel link whose state could
+/// Of another kind, or a TUN device whose process is gone. A kernel link whose state could
 /// not be read is still there, and works: its state is set again in place.
-fn must_be_remade(wanted: &WireGuardDevice, link: &ObservedLink) -> bool {
-    let tunnel_is_gone =
-        link.wireguard.is_none() && link.implementation == Some(Implementation::Userspace);
-    link.implementation != Some(wanted.implementation) || tunnel_is_gone
+fn must_be_remade(wanted: LinkKind, link: &ObservedLink) -> bool {
+    let userspace = link.kind == Some(LinkKind::WireGuard(Implementation::Userspace));
+    let tunnel_is_gone = userspace && link.wireguard.is_none();
+    link.kind != Some(wanted) || tunnel_is_gone
 }

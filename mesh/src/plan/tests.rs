@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::*;
-use crate::desired::NextHop;
+use crate::desired::{Implementation, LinkKind, NextHop};
 use crate::fixtures::{key, local, net, record, records};
 use crate::node::{Local, NodeRecord};
 use crate::observed::ObservedLink;
@@ -111,7 +111,8 @@ fn a_foreign_device_is_named_and_left_alone() {
     for (ours, implementation) in [(false, Some(Implementation::Kernel)), (true, None)] {
         let mut observed = settled.clone();
         let link = observed.links.get_mut(&device(0)).unwrap();
-        (link.ours, link.known, link.implementation) = (ours, false, implementation);
+        let kind = implementation.map(LinkKind::WireGuard);
+        (link.ours, link.known, link.kind) = (ours, false, kind);
         link.wireguard.as_mut().unwrap().public_key = Some(key(99));
         let plan = Plan::new(&desired, &observed);
         assert_eq!(plan.foreign, BTreeSet::from([device(0)]));

@@ -1,4 +1,4 @@
-//! Who owns which public key and which pod subnet.
+//! Who owns which public key, which pod subnet and which VXLAN device.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -7,15 +7,18 @@ use gambeson_keys::PublicKey;
 use ipnet::IpNet;
 
 use crate::NodeName;
-use crate::node::{Local, Node, Refusal, annotation, excerpt, overlap};
+use crate::family::Family;
+use crate::mac::Mac;
+use crate::node::{Local, Node, Refusal, Vteps, annotation, excerpt, overlap};
 
-/// Keys and subnets with one owner each. Subnets in it never overlap, so that the only one
+/// Keys, subnets and devices with one owner each. Subnets in it never overlap, so that the only one
 /// that can overlap a prefix is the last that starts at or before the prefix's end.
 #[derive(Debug)]
 pub(super) struct Claims<'a> {
     local: &'a Local,
     keys: BTreeMap<PublicKey, NodeName>,
     subnets: BTreeMap<IpAddr, (IpNet, NodeName)>,
+    vteps: BTreeMap<(Family, Mac), NodeName>,
 }
 
 impl<'a> Claims<'a> {
@@ -23,7 +26,8 @@ impl<'a> Claims<'a> {
     pub(super) fn new(local: &'a Local) -> Self {
         let subnet = |cidr: &IpNet| (cidr.network(), (*cidr, local.name.clone()));
         let subnets = local.pod_cidrs.iter().map(subnet).collect();
-        Self { local, keys: BTreeMap::new(), subnets }
+        let vteps = vteps(local.vteps).map(|(_, vtep)| (vtep, local.name.clone())).collect();
+        Self { local, keys: BTreeMap::new(), subnets, vteps }
     }
 
     /// Gives a node what it asks for, all or nothing.
@@ -34,6 +38,9 @@ impl<'a> Claims<'a> {
         }
         for cidr in &node.pod_cidrs {
             self.subnets.insert(cidr.network(), (*cidr, name.clone()));
+        }
+        for (_, vtep) in vteps(node.vteps) {
+            self.vteps.insert(vtep, name.clone());
         }
         Ok(())
     }
@@ -46,6 +53,9 @@ impl<'a> Claims<'a> {
         for cidr in &node.pod_cidrs {
             self.subnets.remove(&cidr.network());
         }
+        for (_, vtep) in vteps(node.vteps) {
+            self.vteps.remove(&vtep);
+        }
     }
 
     fn check(&self, node: &Node) -> Result<(), Refusal> {
@@ -57,6 +67,12 @@ impl<'a> Claims<'a> {
             if let Some(owner) = self.keys.get(&key) {
                 let annotation = annotation::key(&self.local.prefix, annotation);
                 return Err(Refusal::DuplicateKey { annotation, owner: excerpt(owner) });
+            }
+        }
+        for (annotation, vtep) in vteps(node.vteps) {
+            if let Some(owner) = self.vteps.get(&vtep) {
+                let annotation = annotation::key(&self.local.prefix, annotation);
+                return Err(Refusal::DuplicateVtep { annotation, owner: excerpt(owner) });
             }
         }
         for cidr in &node.pod_cidrs {
@@ -73,4 +89,12 @@ impl<'a> Claims<'a> {
 fn keys(node: &Node) -> impl Iterator<Item = (&'static str, PublicKey)> {
     let next = node.next_public_key.map(|key| (annotation::NEXT_PUBLIC_KEY, key));
     std::iter::once((annotation::PUBLIC_KEY, node.public_key)).chain(next)
+}
+
+/// The devices of a node, each the only one with its address on its underlay.
+fn vteps(vteps: Vteps) -> impl Iterator<Item = (&'static str, (Family, Mac))> {
+    let annotations = [(annotation::VTEP_MAC, Family::V4), (annotation::VTEP_MAC_V6, Family::V6)];
+    annotations
+        .into_iter()
+        .filter_map(move |(annotation, family)| Some((annotation, (family, vteps.get(family)?))))
 }

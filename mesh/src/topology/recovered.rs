@@ -10,7 +10,7 @@ use ipnet::IpNet;
 
 use crate::NodeName;
 use crate::desired::{NextHop, PEER_ROUTE_METRIC, RouteKey};
-use crate::node::{DEFAULT_PORT, Endpoints, Local, Node, NodeRecord, Transport};
+use crate::node::{DEFAULT_PORT, Endpoints, Local, Node, NodeRecord, Transport, Vteps};
 use crate::node::{annotation, pod_cidrs};
 use crate::observed::{Observed, ObservedPeer};
 use crate::session::Session;
@@ -34,6 +34,7 @@ pub(super) struct Recovered {
 pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
     let mut found: BTreeMap<BTreeSet<IpNet>, (bool, Recovered)> = BTreeMap::new();
     for (device, link) in observed.links.iter().filter(|(_, link)| link.is_ours()) {
+        let Some(session) = device.session() else { continue };
         let peers = link.wireguard.iter().flat_map(|wireguard| &wireguard.peers);
         for (key, peer) in peers.filter(|(_, peer)| !peer.allowed_ips.is_empty()) {
             let Some(endpoint) = peer.endpoint else { continue };
@@ -41,7 +42,7 @@ pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
             let used = routes.iter().any(|route| route.next_hop == NextHop::Device(*device));
             let recovered = Recovered {
                 public_key: *key,
-                session: device.session(),
+                session,
                 pod_cidrs: peer.allowed_ips.clone(),
                 endpoint,
                 persistent_keepalive: peer.persistent_keepalive,
@@ -181,6 +182,7 @@ impl Recovered {
             transports: BTreeSet::from([Transport::Wireguard]),
             mtu: self.mtu,
             persistent_keepalive: self.persistent_keepalive,
+            vteps: Vteps::default(),
             ignored: Vec::new(),
         }
     }

@@ -25,6 +25,28 @@ fn every_other_node_is_a_peer() {
 }
 
 #[test]
+fn a_vxlan_device_has_one_owner() {
+    let vxlan = |i| Local { transports: [Transport::Vxlan].into(), ..local(i, 0) };
+    let own = vxlan(1);
+    let mut topology = Topology::new();
+    let records_of = |thief: &NodeRecord| records(&[record(&vxlan(2)), thief.clone()]);
+    let mut thief = record(&vxlan(3));
+    assert_eq!(names(&topology.resolve(&own, &records_of(&thief))), ["node-2", "node-3"]);
+    for (victim, name, said) in
+        [(2, "vtep-mac", "node-2"), (2, "vtep-mac-v6", "node-2"), (1, "vtep-mac", "node-1")]
+    {
+        let mac = vxlan(victim).vteps.v4.unwrap().to_string();
+        let honest = thief.clone();
+        set(&mut thief, name, &mac);
+        let mesh = topology.resolve(&own, &records_of(&thief));
+        let refused = mesh.refused["node-3"].to_string();
+        assert!(refused.contains(name) && refused.contains(said), "{refused}");
+        assert_eq!(names(&mesh), ["node-2", "node-3"], "its last good state stays");
+        thief = honest;
+    }
+}
+
+#[test]
 fn a_node_that_is_gone_is_forgotten() {
     let mut topology = Topology::new();
     resolve(&mut topology, &[record(&local(2, 0)), record(&local(3, 0))]);
@@ -38,9 +60,13 @@ fn a_bad_value_keeps_the_last_good_state_of_that_node_alone() {
     let mut topology = Topology::new();
     let (second, third) = (record(&local(2, 0)), record(&local(3, 0)));
     let good = resolve(&mut topology, &[second.clone(), third.clone()]);
-    for (name, value) in
-        [("public-key", "garbage"), ("endpoint", "127.0.0.1"), ("port", "0"), ("mtu", "9")]
-    {
+    for (name, value) in [
+        ("public-key", "garbage"),
+        ("endpoint", "127.0.0.1"),
+        ("port", "0"),
+        ("mtu", "9"),
+        ("vtep-mac", "01:00:5e:00:00:01"),
+    ] {
         let mut bad = second.clone();
         set(&mut bad, name, value);
         let mesh = resolve(&mut topology, &[bad.clone(), third.clone()]);

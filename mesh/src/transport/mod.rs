@@ -1,20 +1,30 @@
 //! `Mesh + Local -> Desired`. A transport is one pure file; here they come together.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 
 use crate::desired::{
     Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteKey, Rule, RuleStep, Ruleset, Sysctl,
 };
-use crate::node::Local;
+use crate::family::Family;
+use crate::node::{LARGEST_MTU, Local, Node, Transport};
+use crate::pair;
 use crate::session::Session;
 use crate::topology::Mesh;
 
+mod host_gw;
+#[cfg(test)]
+mod tests;
+mod vxlan;
 mod wireguard;
 
 /// The loopback link.
 const LOOPBACK: &str = "lo";
+/// `rp_filter` of our devices: loose, because the two directions of a pair may use two of
+/// them while a key is replaced or the transport changes.
+const LOOSE: &str = "2";
 
 /// What this node should have: the guard, fail-closed routes and settings always, and each
 /// peer through its transport once this node has a key and a pod CIDR.
@@ -26,7 +36,25 @@ pub fn desired(mesh: &Mesh, local: &Local) -> Desired {
         ruleset: ruleset(local),
         ..Desired::default()
     };
-    wireguard::desire(mesh, local, &mut desired);
+    vxlan::devices(local, &mut desired);
+    for node in mesh.peers.values() {
+        for transport in pair::usable(local, node) {
+            match transport {
+                Transport::Wireguard => wireguard::admit(mesh, local, node, &mut desired),
+                Transport::HostGw => host_gw::admit(local, node, &mut desired),
+                Transport::Vxlan => vxlan::admit(local, node, &mut desired),
+            }
+        }
+        if let Ok(transport) = pair::transport(local, node) {
+            match transport {
+                Transport::Wireguard => wireguard::route(local, node, &mut desired),
+                Transport::HostGw => host_gw::route(local, node, &mut desired),
+                Transport::Vxlan => vxlan::route(local, node, &mut desired),
+            }
+        }
+    }
+    wireguard::first_device(local, &mut desired);
+    device_settings(&mut desired);
     desired
 }
 
@@ -36,8 +64,39 @@ fn ruleset(local: &Local) -> Ruleset {
         cluster_networks: local.cluster_networks.iter().map(IpNet::trunc).collect(),
         // All four devices from the start, so that a rotation does not touch the guard.
         trusted_links: devices.chain([local.bridge.clone(), LOOPBACK.to_owned()]).collect(),
+        plaintext: BTreeMap::new(),
         masquerade: local.masquerade,
     }
+}
+
+/// Settings of the devices of both kinds.
+fn device_settings(desired: &mut Desired) {
+    let mut settings = Vec::new();
+    for (name, link) in desired.links() {
+        settings.push((Sysctl::RpFilter(name), LOOSE));
+        settings.push((Sysctl::Forwarding(name), "1"));
+        if link.addresses.iter().any(|address| address.addr().is_ipv6()) {
+            settings.push((Sysctl::DisableIpv6(name), "0"));
+        }
+    }
+    let settings = settings.into_iter().map(|(sysctl, value)| (sysctl, value.to_owned()));
+    desired.sysctls.extend(settings);
+}
+
+/// Each pod CIDR's base address, which a node's devices have.
+fn base_addresses(local: &Local) -> BTreeSet<IpNet> {
+    local.pod_cidrs.iter().map(|cidr| IpNet::from(cidr.network())).collect()
+}
+
+/// What this node sends to pods in this prefix from.
+fn source(own: &BTreeSet<IpNet>, destination: &IpNet) -> Option<IpAddr> {
+    let same = |cidr: &&IpNet| Family::of_net(cidr) == Family::of_net(destination);
+    own.iter().find(same).map(IpNet::network)
+}
+
+/// MTU of routes to a peer in bytes: what both ends can take.
+fn peer_route_mtu(local: &Local, node: &Node) -> u32 {
+    local.inner_mtu().min(node.mtu.unwrap_or(u32::MAX)).min(LARGEST_MTU)
 }
 
 fn fail_closed(local: &Local) -> BTreeMap<RouteKey, Route> {

@@ -3,59 +3,45 @@
 //! One tunnel per pair of keys carries both families of pod traffic. Which device it lives
 //! on follows from the parities of both generations; see [`crate::session`].
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use gambeson_keys::{Generation, PublicKey};
-use ipnet::IpNet;
 
+use super::{base_addresses, peer_route_mtu, source};
 use crate::desired::{
-    Desired, NextHop, PEER_ROUTE_METRIC, Route, RouteKey, Sysctl, WireGuardDevice, WireGuardPeer,
+    Desired, NextHop, PEER_ROUTE_METRIC, Route, RouteKey, WireGuardDevice, WireGuardPeer,
 };
-use crate::node::{LARGEST_MTU, Local, Node, Transport};
-use crate::session::{DeviceName, Session};
+use crate::node::{Local, Node, Transport};
+use crate::session::Session;
 use crate::topology::Mesh;
 
 #[cfg(test)]
 mod tests;
 
-/// `rp_filter` of our devices: loose, because the two directions of a pair may use two of
-/// them while a key is replaced.
-const LOOSE: &str = "2";
-
-/// Adds the devices, peers and routes of every peer that is reached over WireGuard. A node
-/// without peers still gets a device, so that it is ready for the first.
-pub(super) fn desire(mesh: &Mesh, local: &Local, desired: &mut Desired) {
-    let Some((current, _)) = local.current_key().filter(|_| !local.pod_cidrs.is_empty()) else {
+/// Adds a peer to the devices of its sessions, which are made when they are first needed.
+pub(super) fn admit(mesh: &Mesh, local: &Local, node: &Node, desired: &mut Desired) {
+    if local.pod_cidrs.is_empty() {
         return;
-    };
-    for node in mesh.peers.values().filter(|node| uses_wireguard(local, node)) {
-        for own in local.keys.keys() {
-            for (theirs, key) in keys(node) {
-                let session = Session::between(*own, theirs);
-                let Some(peer) = peer(mesh, local, node, session) else { continue };
-                let Some(device) = device(local, *own, session, desired) else { continue };
-                device.peers.insert(key, peer);
-            }
-        }
-        route(local, node, Session::between(current, node.generation).device(), desired);
     }
-    if desired.devices.is_empty() {
-        device(local, current, Session::between(current, Generation::FIRST), desired);
-    }
-    for (name, device) in &desired.devices {
-        let mut set = |sysctl, value: &str| desired.sysctls.insert(sysctl, value.to_owned());
-        set(Sysctl::RpFilter(*name), LOOSE);
-        set(Sysctl::Forwarding(*name), "1");
-        if device.addresses.iter().any(|address| address.addr().is_ipv6()) {
-            set(Sysctl::DisableIpv6(*name), "0");
+    for own in local.keys.keys() {
+        for (theirs, key) in keys(node) {
+            let session = Session::between(*own, theirs);
+            let Some(peer) = peer(mesh, local, node, session) else { continue };
+            let Some(device) = device(local, *own, session, desired) else { continue };
+            device.peers.insert(key, peer);
         }
     }
 }
 
-fn uses_wireguard(local: &Local, node: &Node) -> bool {
-    let ours = local.transports.contains(&Transport::Wireguard);
-    ours && node.transports.contains(&Transport::Wireguard)
+/// A node that accepts WireGuard and has no peer yet still gets a device, so that it is ready
+/// for the first.
+pub(super) fn first_device(local: &Local, desired: &mut Desired) {
+    let accepts = local.transports.contains(&Transport::Wireguard);
+    let key = local.current_key().filter(|_| accepts && !local.pod_cidrs.is_empty());
+    if let Some((current, _)) = key.filter(|_| desired.devices.is_empty()) {
+        device(local, current, Session::between(current, Generation::FIRST), desired);
+    }
 }
 
 fn keys(node: &Node) -> impl Iterator<Item = (Generation, PublicKey)> {
@@ -77,8 +63,8 @@ fn device<'a>(
         generation,
         public_key: *public_key,
         listen_port,
-        mtu: local.inner_mtu(),
-        addresses: local.pod_cidrs.iter().map(|cidr| host(cidr.network())).collect(),
+        mtu: local.mtu_over(Transport::Wireguard),
+        addresses: base_addresses(local),
         peers: BTreeMap::new(),
     });
     (device.generation == generation).then_some(device)
@@ -97,24 +83,17 @@ fn peer(mesh: &Mesh, local: &Local, node: &Node, session: Session) -> Option<Wir
 }
 
 /// Routes to a peer's pods, for the families in which this node has an address to answer to.
-fn route(local: &Local, node: &Node, device: DeviceName, desired: &mut Desired) {
+pub(super) fn route(local: &Local, node: &Node, desired: &mut Desired) {
+    let Some((current, _)) = local.current_key() else { return };
+    let device = Session::between(current, node.generation).device();
     if !desired.devices.contains_key(&device) {
         return;
     }
-    let mtu = local.inner_mtu().min(node.mtu.unwrap_or(u32::MAX)).min(LARGEST_MTU);
+    let mtu = peer_route_mtu(local, node);
     for destination in &node.pod_cidrs {
         let Some(source) = source(&local.pod_cidrs, destination) else { continue };
         let key = RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };
         let next_hop = NextHop::Device(device);
         desired.routes.insert(key, Route { next_hop, mtu: Some(mtu), source: Some(source) });
     }
-}
-
-fn source(own: &BTreeSet<IpNet>, destination: &IpNet) -> Option<IpAddr> {
-    let is_v4 = destination.network().is_ipv4();
-    own.iter().map(IpNet::network).find(|address| address.is_ipv4() == is_v4)
-}
-
-fn host(address: IpAddr) -> IpNet {
-    IpNet::from(address)
 }

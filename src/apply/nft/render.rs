@@ -1,6 +1,6 @@
 //! A ruleset as text for `nft`, the same for the same ruleset.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use gambeson_mesh::desired::Ruleset;
@@ -74,27 +74,35 @@ fn chains(ruleset: &Ruleset) -> Result<Vec<Chain>, ApplyError> {
     // With masquerade, what still has a pod's source is what connection tracking did not take
     // for a part of any connection, and so would leave in clear under the pod's name.
     let stopped: &[&str] = if ruleset.masquerade { &["daddr", "saddr"] } else { &["daddr"] };
+    let plaintext = plaintext(&ruleset.plaintext)?;
+    // What another node allows as well passes; with masquerade it has a pod's source.
+    let allowed = |key: &'static str, end: &'static str| {
+        plaintext.iter().flat_map(move |(link, networks)| {
+            networks.each(move |family, set| format!("{key} {link} {family} {end} {set} accept"))
+        })
+    };
     let mut chains = vec![
         Chain {
             name: OUT,
             // After every address translation: what is checked is what would be sent.
             hook: "type filter hook postrouting priority 300; policy accept;",
-            rules: stopped
-                .iter()
-                .flat_map(|end| {
+            rules: allowed("oifname", "daddr")
+                .chain(stopped.iter().flat_map(|end| {
                     networks.each(|family, set| {
                         format!("{out}{family} {end} {set} counter name \"{OUT}\" drop")
                     })
-                })
+                }))
                 .collect(),
         },
         Chain {
             name: IN,
             // Before connection tracking: a spoofed packet leaves no entry.
             hook: "type filter hook prerouting priority -300; policy accept;",
-            rules: networks.each(|family, set| {
-                format!("{inward}{family} saddr {set} counter name \"{IN}\" drop")
-            }),
+            rules: allowed("iifname", "saddr")
+                .chain(networks.each(|family, set| {
+                    format!("{inward}{family} saddr {set} counter name \"{IN}\" drop")
+                }))
+                .collect(),
         },
     ];
     if ruleset.masquerade {
@@ -148,16 +156,25 @@ fn set(elements: &[impl ToString]) -> Option<String> {
 }
 
 fn link_set(links: &BTreeSet<String>) -> Result<Option<String>, ApplyError> {
-    let mut quoted = Vec::new();
-    for name in links {
-        // An asterisk would make it a pattern, a quote or newline another statement.
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '@' | ':');
-        if name.is_empty() || name.len() > 15 || !name.chars().all(plain) {
-            return Err(ApplyError::LinkName { name: name.clone() });
-        }
-        quoted.push(format!("\"{name}\""));
-    }
+    let quoted: Vec<_> = links.iter().map(|name| quoted(name)).collect::<Result<_, _>>()?;
     Ok(set(&quoted))
+}
+
+fn quoted(name: &str) -> Result<String, ApplyError> {
+    // An asterisk would make it a pattern, a quote or newline another statement.
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '@' | ':');
+    if name.is_empty() || name.len() > 15 || !name.chars().all(plain) {
+        return Err(ApplyError::LinkName { name: name.to_owned() });
+    }
+    Ok(format!("\"{name}\""))
+}
+
+/// Networks by quoted link.
+fn plaintext(
+    plaintext: &BTreeMap<String, BTreeSet<IpNet>>,
+) -> Result<Vec<(String, Networks)>, ApplyError> {
+    let links = plaintext.iter();
+    links.map(|(link, networks)| Ok((quoted(link)?, Networks::of(networks)))).collect()
 }
 
 /// Whether a listed table has nothing beside what [`render`] makes, so that it can be brought
@@ -200,6 +217,7 @@ mod tests {
         Ruleset {
             cluster_networks: networks.iter().map(|n| n.parse().unwrap()).collect(),
             trusted_links: links.iter().map(|&l| l.to_owned()).collect(),
+            plaintext: BTreeMap::new(),
             masquerade: true,
         }
     }
@@ -216,9 +234,18 @@ mod tests {
                 .map(|n| n.parse().unwrap())
                 .into(),
             trusted_links: ["lo".to_owned()].into(),
+            plaintext: BTreeMap::new(),
             masquerade: false,
         };
         insta::assert_snapshot!(render(&v4_only).unwrap());
+    }
+
+    #[test]
+    fn what_two_nodes_allow_in_clear_passes_before_the_rest_is_dropped() {
+        let networks = ["10.244.2.0/24", "10.244.3.0/24", "fd00:10:244:2::/64"];
+        let networks: BTreeSet<IpNet> = networks.iter().map(|n| n.parse().unwrap()).collect();
+        let plaintext = BTreeMap::from([("gambeson-vx4".to_owned(), networks)]);
+        insta::assert_snapshot!(render(&Ruleset { plaintext, ..ruleset() }).unwrap());
     }
 
     #[test]
@@ -227,6 +254,8 @@ mod tests {
             let ruleset = Ruleset { trusted_links: [name.to_owned()].into(), ..ruleset() };
             let error = render(&ruleset).unwrap_err();
             assert!(error.to_string().contains("cannot be used in firewall rules"), "{error}");
+            let plaintext = [(name.to_owned(), BTreeSet::new())].into();
+            assert!(render(&Ruleset { plaintext, ..self::ruleset() }).is_err());
         }
     }
 

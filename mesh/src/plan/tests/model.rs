@@ -5,14 +5,44 @@ use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
-use crate::desired::{RuleStep, Sysctl};
+use crate::desired::{RuleStep, Sysctl, VtepTables, VxlanLink};
+use crate::node::Transport;
 use crate::observed::{ObservedPeer, ObservedWireGuard};
-use crate::session::Session;
 use crate::topology::Mesh;
 use crate::transport;
 
 fn any_device() -> impl Strategy<Value = DeviceName> {
-    (0_u8..4).prop_map(device)
+    prop::sample::select(DeviceName::all().collect::<Vec<_>>())
+}
+
+fn any_mac() -> impl Strategy<Value = Mac> {
+    (1_u8..7).prop_map(|i| Mac::of([10, 244, i, 0].into()))
+}
+
+fn any_node_address() -> impl Strategy<Value = IpAddr> {
+    (1_u8..7).prop_map(|i| [192, 168, 240, i].into())
+}
+
+fn any_kind() -> impl Strategy<Value = LinkKind> {
+    let vxlan = (any_node_address(), any_mac(), prop::bool::weighted(0.1));
+    prop_oneof![
+        any_implementation().prop_map(LinkKind::WireGuard),
+        vxlan.prop_map(|(local, mac, learning)| LinkKind::Vxlan(VxlanLink {
+            vni: 1,
+            port: 8472,
+            local,
+            underlay: 2,
+            mac,
+            learning,
+            gbp: false,
+        })),
+    ]
+}
+
+fn any_tables() -> impl Strategy<Value = VtepTables> {
+    let gateway = any_net().prop_map(|net| net.network());
+    (btree_map(gateway, any_mac(), 0..4), btree_map(any_mac(), any_node_address(), 0..4))
+        .prop_map(|(neighbours, forwarding)| VtepTables { neighbours, forwarding })
 }
 
 fn any_implementation() -> impl Strategy<Value = Implementation> {
@@ -77,20 +107,23 @@ fn any_wireguard() -> impl Strategy<Value = ObservedWireGuard> {
 fn any_link() -> impl Strategy<Value = ObservedLink> {
     (
         prop::bool::weighted(0.85),
-        option::weighted(0.9, any_implementation()),
+        option::weighted(0.9, any_kind()),
         any::<bool>(),
         prop_oneof![Just(1420_u32), Just(1440), Just(1320)],
         btree_set(any_net(), 0..3),
         option::weighted(0.8, any_wireguard()),
+        any_tables(),
     )
-        .prop_map(|(ours, implementation, up, mtu, addresses, wireguard)| ObservedLink {
+        .prop_map(|(ours, kind, up, mtu, addresses, wireguard, tables)| ObservedLink {
             ours,
             known: !ours && mtu == 1320,
-            implementation,
+            kind,
             up,
             mtu,
             addresses,
             wireguard,
+            // A link that is down has no neighbours (neigh_ifdown in net/core/neighbour.c).
+            tables: if up { tables } else { VtepTables::default() },
         })
 }
 
@@ -98,6 +131,9 @@ fn any_route() -> impl Strategy<Value = (RouteKey, Route)> {
     let metric = prop_oneof![Just(1_u32), Just(u32::MAX), Just(50)];
     let next_hop = prop_oneof![
         4 => any_device().prop_map(NextHop::Device),
+        1 => (any_device(), any_node_address())
+            .prop_map(|(device, gateway)| NextHop::Vtep { device, gateway }),
+        1 => any_node_address().prop_map(|gateway| NextHop::Node { link: 2, gateway }),
         1 => Just(NextHop::Unreachable)
     ];
     let mtu = option::of(Just(1420_u32));
@@ -124,10 +160,7 @@ fn any_observed() -> impl Strategy<Value = Observed> {
     )
         .prop_map(|(links, routes, sysctls)| {
             let up = |device| links.get(&device).is_some_and(|link: &ObservedLink| link.up);
-            let possible = |route: &Route| match route.next_hop {
-                NextHop::Device(device) => up(device),
-                NextHop::Unreachable => true,
-            };
+            let possible = |route: &Route| route.next_hop.device().is_none_or(up);
             let routes = routes.into_iter().filter(|(_, route)| possible(route)).collect();
             let destination = net("10.245.0.0/16");
             let rules = [Rule { destination, step: RuleStep::Unreachable }].into();
@@ -137,7 +170,8 @@ fn any_observed() -> impl Strategy<Value = Observed> {
 
 /// Node 1 with any keys, ports and peers; the two last may rotate.
 fn any_desired() -> impl Strategy<Value = Desired> {
-    let peer = (2_u8..6, 0_u64..3, option::of(50_u8..60), 0_u16..2, prop::bool::ANY);
+    let peer =
+        (2_u8..6, 0_u64..3, option::of(50_u8..60), 0_u16..2, prop::bool::ANY, any_transports());
     (
         any_implementation(),
         0_u64..3,
@@ -145,21 +179,36 @@ fn any_desired() -> impl Strategy<Value = Desired> {
         prop_oneof![Just(51820_u16), Just(51822)],
         prop::collection::vec(peer, 0..5),
         option::of(Just(25_u16)),
+        any_transports(),
     )
-        .prop_map(|(implementation, generation, next, port, peers, persistent_keepalive)| {
-            let mut own = Local { implementation, port, ..local(1, generation) };
+        .prop_map(|(implementation, generation, next, port, peers, keepalive, transports)| {
+            let mut own = Local { implementation, port, transports, ..local(1, generation) };
+            // Of the others, the odd ones are on this node's link.
+            own.on_link = [3_u8, 5].iter().flat_map(|i| hops(local(*i, 0).endpoints)).collect();
             own.keys.extend(next.map(|n| (Generation::new(generation + 1), key(n))));
-            let others = peers.into_iter().map(|(i, generation, next, port, v6)| {
-                let mut other = Local { port: 51820 + 2 * port, ..local(i, generation) };
+            let others = peers.into_iter().map(|(i, generation, next, port, v6, transports)| {
+                let port = 51820 + 2 * port;
+                let mut other = Local { port, transports, ..local(i, generation) };
                 other.keys.extend(next.map(|n| (Generation::new(generation + 1), key(n))));
                 other.endpoints.v6 = other.endpoints.v6.filter(|_| v6);
                 record(&other)
             });
             let others: Vec<_> = others.collect();
             let mut mesh = Topology::new().resolve(&own, &records(&others));
-            mesh.persistent_keepalive = persistent_keepalive;
+            mesh.persistent_keepalive = keepalive;
             transport::desired(&mesh, &own)
         })
+}
+
+fn any_transports() -> impl Strategy<Value = BTreeSet<Transport>> {
+    prop_oneof![
+        3 => Just(BTreeSet::from([Transport::Wireguard])),
+        2 => btree_set(prop::sample::select(Transport::ALL.to_vec()), 1..4),
+    ]
+}
+
+fn hops(endpoints: crate::node::Endpoints) -> impl Iterator<Item = IpAddr> {
+    endpoints.v4.map(IpAddr::from).into_iter().chain(endpoints.v6.map(IpAddr::from))
 }
 
 fn rank(action: &Action) -> u8 {
@@ -173,27 +222,34 @@ fn rank(action: &Action) -> u8 {
         Action::SetSysctl(Sysctl::DisableIpv6(_), _) => 5,
         Action::AddAddress { .. } => 5,
         Action::SetLinkUp(_) => 6,
-        Action::SetSysctl(..) => 7,
-        Action::PutRoute(..) => 8,
-        Action::DeleteRule(_) | Action::DeleteRoute(_) => 9,
-        Action::ConfigureWireGuard { .. } => 10,
-        Action::DeleteAddress { .. } => 11,
-        Action::DeleteLink(_) => 12,
+        Action::PutForwarding { .. } | Action::PutNeighbour { .. } => 7,
+        Action::SetSysctl(..) => 8,
+        Action::PutRoute(..) => 9,
+        Action::DeleteRule(_) | Action::DeleteRoute(_) => 10,
+        Action::ConfigureWireGuard { .. } => 11,
+        Action::DeleteNeighbour { .. } | Action::DeleteForwarding { .. } => 12,
+        Action::DeleteAddress { .. } => 13,
+        Action::DeleteLink(_) => 14,
     }
 }
 
 fn check_reached(desired: &Desired, observed: &Observed) -> Result<(), TestCaseError> {
     prop_assert_eq!(observed.ruleset.as_ref(), Some(&ruleset(desired, observed)));
-    for (name, device) in &desired.devices {
-        let link = &observed.links[name];
-        if !link.ours || link.implementation.is_none() {
-            continue;
-        }
-        let state = link.wireguard.as_ref().unwrap();
-        prop_assert_eq!(link.implementation, Some(device.implementation));
+    let is_ours =
+        |name: &DeviceName| observed.links[name].ours && observed.links[name].kind.is_some();
+    for (name, wanted) in desired.links().filter(|(name, _)| is_ours(name)) {
+        let link = &observed.links[&name];
+        prop_assert_eq!(link.kind, Some(wanted.kind));
         prop_assert!(link.up);
-        prop_assert_eq!(link.mtu, device.mtu);
-        prop_assert_eq!(&link.addresses, &device.addresses);
+        prop_assert_eq!(link.mtu, wanted.mtu);
+        prop_assert_eq!(&link.addresses, wanted.addresses);
+        prop_assert_eq!(observed.sysctls.get(&Sysctl::RpFilter(name)), Some(&"2".to_owned()));
+        if let Some(vtep) = desired.vteps.get(&name) {
+            prop_assert_eq!(&link.tables, &vtep.tables);
+        }
+    }
+    for (name, device) in desired.devices.iter().filter(|(name, _)| is_ours(name)) {
+        let state = observed.links[name].wireguard.as_ref().unwrap();
         prop_assert_eq!(state.public_key, Some(device.public_key));
         prop_assert_eq!(state.listen_port, device.listen_port);
         prop_assert_eq!(state.fwmark, 0);
@@ -205,10 +261,6 @@ fn check_reached(desired: &Desired, observed: &Observed) -> Result<(), TestCaseE
             prop_assert_eq!(keepalive, peer.persistent_keepalive);
             prop_assert!(!reached.preshared_key);
         }
-        prop_assert_eq!(
-            observed.sysctls.get(&Sysctl::RpFilter(*name)).map(String::as_str),
-            Some("2")
-        );
     }
     Ok(())
 }
@@ -231,17 +283,17 @@ proptest! {
 
         let foreign = |name| plan.foreign.contains(&name);
         let wanted: BTreeMap<_, _> = desired.routes.clone().into_iter().filter(|(_, route)| {
-            !matches!(route.next_hop, NextHop::Device(name) if foreign(name))
+            !route.next_hop.device().is_some_and(foreign)
         }).collect();
         prop_assert_eq!(&after.routes, &wanted);
         prop_assert_eq!(&after.rules, &desired.rules);
-        for session in Session::all() {
-            let name = session.device();
+        let wanted: BTreeSet<_> = desired.links().map(|(name, _)| name).collect();
+        for name in DeviceName::all() {
             let is_foreign = |link: &&ObservedLink| !link.is_ours();
             if let Some(link) = before.links.get(&name).filter(is_foreign) {
                 prop_assert_eq!(after.links.get(&name), Some(link));
             } else {
-                prop_assert_eq!(after.links.contains_key(&name), desired.devices.contains_key(&name));
+                prop_assert_eq!(after.links.contains_key(&name), wanted.contains(&name));
             }
         }
     }

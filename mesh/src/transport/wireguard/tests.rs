@@ -1,9 +1,12 @@
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
 
 use super::*;
-use crate::desired::{FAIL_CLOSED_METRIC, Implementation};
+use crate::desired::{FAIL_CLOSED_METRIC, Implementation, Sysctl};
 use crate::fixtures::{key, local, net, record, records};
 use crate::node::NodeRecord;
+use crate::session::DeviceName;
 use crate::topology::Topology;
 use crate::transport;
 
@@ -136,14 +139,8 @@ fn a_rotating_peer_is_on_two_devices_and_routed_through_the_key_in_use() {
     let desired = desired(&local(1, 0), &[record(&other)]);
     assert!(desired.devices[&device_name(0)].peers.contains_key(&key(2)));
     assert!(desired.devices[&device_name(1)].peers.contains_key(&key(77)));
-    let through: BTreeSet<_> = desired
-        .routes
-        .values()
-        .filter_map(|route| match route.next_hop {
-            NextHop::Device(device) => Some(device),
-            NextHop::Unreachable => None,
-        })
-        .collect();
+    let through: BTreeSet<_> =
+        desired.routes.values().filter_map(|route| route.next_hop.device()).collect();
     assert_eq!(through, BTreeSet::from([device_name(0)]));
 }
 

@@ -1,0 +1,86 @@
+//! `Mesh + Local -> Desired` for VXLAN (RFC 7348), as Flannel has it.
+//!
+//! A device per family of the underlay. A peer's pods are behind its base address as the next
+//! hop, that is behind the address of the peer's device, and that behind the peer's endpoint:
+//!
+//! ```text
+//! route 10.244.2.0/24 via 10.244.2.0 onlink -> neighbour 0a:58:... -> forwarding 192.0.2.2
+//! ```
+//!
+//! All three are written beforehand and never asked for on the wire.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{base_addresses, peer_route_mtu, source};
+use crate::desired::{Desired, NextHop, PEER_ROUTE_METRIC, Route, RouteKey, Vtep, VxlanLink};
+use crate::family::Family;
+use crate::node::{Local, Node, Transport};
+use crate::pair;
+use crate::session::DeviceName;
+
+/// Adds the devices of a node that accepts VXLAN, so that it is ready for the first peer.
+pub(super) fn devices(local: &Local, desired: &mut Desired) {
+    let accepts = local.transports.contains(&Transport::Vxlan);
+    for family in Family::ALL.into_iter().filter(|_| accepts && !local.pod_cidrs.is_empty()) {
+        let (Some(address), Some(mac)) = (local.endpoints.get(family), local.vteps.get(family))
+        else {
+            continue;
+        };
+        let link = VxlanLink {
+            vni: local.vxlan.vni,
+            port: local.vxlan.port,
+            local: address,
+            underlay: local.underlay_index,
+            mac,
+            learning: local.vxlan.learning,
+            gbp: local.vxlan.gbp,
+        };
+        let overhead = Transport::Vxlan.overhead(family);
+        let vtep = Vtep {
+            link,
+            mtu: local.underlay_mtu.saturating_sub(overhead),
+            addresses: base_addresses(local),
+            tables: Default::default(),
+        };
+        desired.vteps.insert(DeviceName::Vxlan(family), vtep);
+    }
+}
+
+/// Lets packets of a peer pass through our devices, and knows the way to the peer's.
+pub(super) fn admit(local: &Local, node: &Node, desired: &mut Desired) {
+    for cidr in &node.pod_cidrs {
+        let Some((device, gateway)) = hop(local, node, cidr) else { continue };
+        let Some(vtep) = desired.vteps.get_mut(&device) else { continue };
+        let DeviceName::Vxlan(family) = device else { continue };
+        let (Some(mac), Some(address)) = (node.vteps.get(family), node.endpoints.get(family))
+        else {
+            continue;
+        };
+        vtep.tables.neighbours.insert(gateway, mac);
+        vtep.tables.forwarding.insert(mac, address);
+        let plaintext = desired.ruleset.plaintext.entry(device.as_str().to_owned());
+        plaintext.or_default().insert(*cidr);
+    }
+}
+
+/// Routes to a peer's pods, for the families in which this node has an address to answer to.
+pub(super) fn route(local: &Local, node: &Node, desired: &mut Desired) {
+    for destination in &node.pod_cidrs {
+        let hop = hop(local, node, destination);
+        let Some((hop, source)) = hop.zip(source(&local.pod_cidrs, destination)) else { continue };
+        let (device, gateway) = hop;
+        let Some(vtep) = desired.vteps.get(&device) else { continue };
+        let mtu = peer_route_mtu(local, node).min(vtep.mtu);
+        let key = RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };
+        let next_hop = NextHop::Vtep { device, gateway };
+        desired.routes.insert(key, Route { next_hop, mtu: Some(mtu), source: Some(source) });
+    }
+}
+
+/// The device for pods in this prefix, and their next hop.
+fn hop(local: &Local, node: &Node, cidr: &IpNet) -> Option<(DeviceName, IpAddr)> {
+    let family = pair::vxlan_family(local, node, Family::of_net(cidr))?;
+    Some((DeviceName::Vxlan(family), cidr.network()))
+}
