@@ -127,17 +127,26 @@ fn a_node_that_only_accepts_vxlan_is_refused_by_those_that_do_not() {
 /// What the guard lets pass for one peer it does not for another, nor from anybody else.
 #[test]
 fn a_device_in_clear_is_no_way_around_the_guard() {
-    let options = accepting(&["wireguard,vxlan,host-gw", "node-2=wireguard"]);
-    let lab = lab_up(Options { nodes: 3, ..options });
+    // node-4 allows VXLAN as well, and node-1 has something better for it.
+    let options = accepting(&["wireguard,vxlan", "node-2=wireguard", "node-3=vxlan"]);
+    let lab = lab_up(Options { nodes: 4, start: false, ..options });
+    for node in lab.nodes() {
+        node.start_agent().unwrap();
+        node.attach_pods().unwrap();
+    }
+    for other in ["node-2", "node-3", "node-4"] {
+        assert_connected(&lab, "node-1", other);
+    }
     let node = lab.node("node-1").unwrap();
-    let [one, two] = ["pod-1-1", "pod-2-1"].map(|pod| lab.pod(pod).unwrap());
+    let [one, two, four] = ["pod-1-1", "pod-2-1", "pod-4-1"].map(|pod| lab.pod(pod).unwrap());
     let watch = Watch::start(&lab);
-    for rogue in [
-        "ip route add 10.244.2.0/25 via 10.244.3.0 dev gambeson-vx4 onlink",
-        "ip route replace 10.244.2.0/25 via 192.168.240.2 dev eth0",
+    for (to, rogue) in [
+        (two, "ip route add 10.244.2.0/25 via 10.244.3.0 dev gambeson-vx4 onlink"),
+        (two, "ip route replace 10.244.2.0/25 via 192.168.240.2 dev eth0"),
+        (four, "ip route add 10.244.4.0/25 via 10.244.3.0 dev gambeson-vx4 onlink"),
     ] {
         run(&node.environment(), rogue);
-        assert!(!watch.canary(one, two.addresses()[0]), "{rogue}");
+        assert!(!watch.canary(one, to.addresses()[0]), "{rogue}");
     }
     watch.assert_silent();
     // A packet in the name of a pod of node-2, from node-3's device.

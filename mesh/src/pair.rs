@@ -24,7 +24,7 @@ pub fn transport(local: &Local, node: &Node) -> Result<Transport, Refusal> {
 }
 
 /// Every transport that the pair may use, best first.
-pub fn usable<'a>(local: &'a Local, node: &'a Node) -> impl Iterator<Item = Transport> + 'a {
+fn usable<'a>(local: &'a Local, node: &'a Node) -> impl Iterator<Item = Transport> + 'a {
     let common = local.transports.intersection(&node.transports).copied();
     common.filter(|transport| match transport {
         Transport::Wireguard => node.endpoints.reachable_from(local.endpoints).is_some(),

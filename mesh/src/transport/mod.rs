@@ -38,19 +38,21 @@ pub fn desired(mesh: &Mesh, local: &Local) -> Desired {
     };
     vxlan::devices(local, &mut desired);
     for node in mesh.peers.values() {
-        for transport in pair::usable(local, node) {
-            match transport {
-                Transport::Wireguard => wireguard::admit(mesh, local, node, &mut desired),
-                Transport::HostGw => host_gw::admit(local, node, &mut desired),
-                Transport::Vxlan => vxlan::admit(local, node, &mut desired),
+        // The others that a pair allows are shut: what is in clear could be forged.
+        match pair::transport(local, node) {
+            Ok(Transport::Wireguard) => {
+                wireguard::admit(mesh, local, node, &mut desired);
+                wireguard::route(local, node, &mut desired);
             }
-        }
-        if let Ok(transport) = pair::transport(local, node) {
-            match transport {
-                Transport::Wireguard => wireguard::route(local, node, &mut desired),
-                Transport::HostGw => host_gw::route(local, node, &mut desired),
-                Transport::Vxlan => vxlan::route(local, node, &mut desired),
+            Ok(Transport::HostGw) => {
+                host_gw::admit(local, node, &mut desired);
+                host_gw::route(local, node, &mut desired);
             }
+            Ok(Transport::Vxlan) => {
+                vxlan::admit(local, node, &mut desired);
+                vxlan::route(local, node, &mut desired);
+            }
+            Err(_) => {}
         }
     }
     wireguard::first_device(local, &mut desired);
