@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport, Vxlan};
+use gambeson_mesh::desired::Vxlan;
+use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport};
 use ipnet::IpNet;
 use regex::Regex;
 

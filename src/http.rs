@@ -175,30 +175,17 @@ impl Collector for StatusMetrics {
 impl StatusMetrics {
     fn peers(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let peers = &self.0.peers;
-        let mut family = encoder.encode_descriptor(
-            "peer_handshake_age_seconds",
-            "Time since the last completed handshake; absent before the first",
-            None,
-            MetricType::Gauge,
-        )?;
-        for peer in peers {
-            if let Some(age) = peer.handshake_age_seconds {
-                let labels = [("peer", peer.name.as_str())];
-                let gauge = ConstGauge::new(i64::try_from(age).unwrap_or(i64::MAX));
-                gauge.encode(family.encode_family(&labels)?)?;
-            }
-        }
-        let mut family = encoder.encode_descriptor(
-            "peer_encrypted",
-            "Whether what pods send to the peer is encrypted",
-            None,
-            MetricType::Gauge,
-        )?;
-        for peer in peers {
+        let ages = peers
+            .iter()
+            .filter_map(|peer| Some(([("peer", peer.name.as_str())], peer.handshake_age_seconds?)));
+        let help = "Time since the last completed handshake; absent before the first";
+        gauges(encoder, "peer_handshake_age_seconds", help, ages)?;
+        let encrypted = peers.iter().map(|peer| {
             let labels = [("peer", peer.name.as_str()), ("transport", peer.transport.as_str())];
-            let gauge = ConstGauge::new(i64::from(peer.is_encrypted()));
-            gauge.encode(family.encode_family(&labels)?)?;
-        }
+            (labels, u64::from(peer.is_encrypted()))
+        });
+        let help = "Whether what pods send to the peer is encrypted";
+        gauges(encoder, "peer_encrypted", help, encrypted)?;
         let bytes = |value: fn(&PeerStatus) -> u64| {
             peers.iter().map(move |peer| ([("peer", peer.name.as_str())], value(peer)))
         };
@@ -207,6 +194,21 @@ impl StatusMetrics {
         let sent = bytes(|peer| peer.tx_bytes);
         counters(encoder, "peer_transmit_bytes", "Bytes sent to the peer", sent)
     }
+}
+
+/// A gauge family.
+fn gauges<L: EncodeLabelSet>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    values: impl IntoIterator<Item = (L, u64)>,
+) -> Result<(), fmt::Error> {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    for (labels, value) in values {
+        let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+        gauge.encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
 }
 
 /// A counter family; the encoder appends `_total` to its name.

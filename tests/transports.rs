@@ -32,6 +32,14 @@ fn verify(options: Options, transports: &[&str]) -> Lab {
     lab
 }
 
+/// Starts agents of which some refuse others, which `lab up` would wait for.
+fn start_all(lab: &Lab) {
+    for node in lab.nodes() {
+        node.start_agent().unwrap();
+        node.attach_pods().unwrap();
+    }
+}
+
 fn condition(lab: &Lab, node: &str, kind: &str) -> Option<String> {
     let node = lab.api().unwrap().node(node).unwrap();
     let conditions = node["status"]["conditions"].as_array()?.clone();
@@ -98,10 +106,7 @@ fn what_travels_in_clear_is_said_everywhere() {
 fn a_node_that_only_accepts_vxlan_is_refused_by_those_that_do_not() {
     let lab =
         lab_up(Options { nodes: 3, start: false, ..accepting(&["wireguard", "node-3=vxlan"]) });
-    for node in lab.nodes() {
-        node.start_agent().unwrap();
-        node.attach_pods().unwrap();
-    }
+    start_all(&lab);
     for (name, peer) in [("node-1", "node-2"), ("node-2", "node-1")] {
         let node = lab.node(name).unwrap();
         let status = status_when(node, "refuses node-3", |status| {
@@ -130,10 +135,7 @@ fn a_device_in_clear_is_no_way_around_the_guard() {
     // node-4 allows VXLAN as well, and node-1 has something better for it.
     let options = accepting(&["wireguard,vxlan", "node-2=wireguard", "node-3=vxlan"]);
     let lab = lab_up(Options { nodes: 4, start: false, ..options });
-    for node in lab.nodes() {
-        node.start_agent().unwrap();
-        node.attach_pods().unwrap();
-    }
+    start_all(&lab);
     for other in ["node-2", "node-3", "node-4"] {
         assert_connected(&lab, "node-1", other);
     }

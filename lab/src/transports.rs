@@ -23,11 +23,6 @@ impl Default for Transports {
 }
 
 impl Transports {
-    /// The same list everywhere.
-    pub fn all(transports: impl IntoIterator<Item = Transport>) -> Self {
-        Self { default: transports.into_iter().collect(), by_node: BTreeMap::new() }
-    }
-
     /// From arguments such as `wireguard,vxlan` for all nodes and `node-1=vxlan` for one.
     ///
     /// # Errors

@@ -57,23 +57,37 @@ pub enum LinkKind {
     Vxlan(VxlanLink),
 }
 
+/// What a cluster's VXLAN devices have in common, as in Flannel's net-conf.json.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Vxlan {
+    /// VXLAN network identifier, 24 bits.
+    pub vni: u32,
+    /// UDP port.
+    pub port: u16,
+    /// Whether devices learn addresses from what they receive.
+    pub learning: bool,
+    /// Whether they carry the group policy extension.
+    pub gbp: bool,
+}
+
+impl Default for Vxlan {
+    /// Flannel's: VNI 1 on UDP port 8472.
+    fn default() -> Self {
+        Self { vni: 1, port: 8472, learning: false, gbp: false }
+    }
+}
+
 /// The fixed part of a VXLAN device (`ip link add type vxlan`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VxlanLink {
-    /// VXLAN network identifier, 24 bits.
-    pub vni: u32,
-    /// UDP port, the same on every node.
-    pub port: u16,
+    /// What it shares with those of other nodes.
+    pub vxlan: Vxlan,
     /// Source of what it sends.
     pub local: IpAddr,
     /// Index of the underlay interface.
     pub underlay: u32,
     /// Its address.
     pub mac: Mac,
-    /// Whether it learns addresses from what it receives.
-    pub learning: bool,
-    /// Whether it carries the group policy extension.
-    pub gbp: bool,
 }
 
 /// A VXLAN device. (VTEP: VXLAN tunnel endpoint, RFC 7348.)
@@ -97,6 +111,25 @@ pub struct VtepTables {
     pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Forwarding database: the node that has the device.
     pub forwarding: BTreeMap<Mac, IpAddr>,
+}
+
+/// One entry of these tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VtepEntry {
+    /// The address of the device behind a next hop.
+    Neighbour {
+        /// The next hop.
+        gateway: IpAddr,
+        /// The device's address.
+        mac: Mac,
+    },
+    /// The node that has a device.
+    Forwarding {
+        /// The device's address.
+        mac: Mac,
+        /// The node's address.
+        node: IpAddr,
+    },
 }
 
 /// A link that should exist, of whichever kind.
@@ -234,6 +267,11 @@ pub enum NextHop {
 }
 
 impl NextHop {
+    /// Whether it takes packets to another node without encrypting them.
+    pub fn is_in_clear(self) -> bool {
+        matches!(self, Self::Vtep { .. } | Self::Node { .. })
+    }
+
     /// The device of ours that it leads out of.
     pub fn device(self) -> Option<DeviceName> {
         match self {

@@ -6,8 +6,8 @@ use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
 use crate::NodeName;
-use crate::desired::Implementation;
-use crate::node::{DEFAULT_PORT, DEFAULT_PREFIX, Endpoints, Local, NodeRecord, Transport, Vxlan};
+use crate::desired::{Implementation, Vxlan};
+use crate::node::{DEFAULT_PORT, DEFAULT_PREFIX, Endpoints, Local, NodeRecord, Transport};
 
 /// A key that is not a low-order point, different for each number.
 pub(crate) fn key(number: u8) -> PublicKey {
@@ -42,7 +42,7 @@ pub(crate) fn local(i: u8, generation: u64) -> Local {
         underlay_mtu: 1500,
         implementation: Implementation::Kernel,
         transports: BTreeSet::from([Transport::Wireguard]),
-        vxlan: Vxlan { vni: 1, port: 8472, learning: false, gbp: false },
+        vxlan: Vxlan::default(),
         on_link: BTreeSet::new(),
         bridge: "cni0".to_owned(),
         masquerade: true,

@@ -64,19 +64,6 @@ pub enum Transport {
     Vxlan,
 }
 
-/// What a cluster's VXLAN devices have in common, as in Flannel's net-conf.json.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Vxlan {
-    /// VXLAN network identifier, 24 bits.
-    pub vni: u32,
-    /// UDP port.
-    pub port: u16,
-    /// Whether devices learn addresses from what they receive.
-    pub learning: bool,
-    /// Whether they carry the group policy extension.
-    pub gbp: bool,
-}
-
 /// Addresses of a node's VXLAN devices, by the family of the underlay.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Vteps {
@@ -124,7 +111,7 @@ pub struct Local {
     /// Transports this node accepts.
     pub transports: BTreeSet<Transport>,
     /// What its VXLAN devices are, where it accepts that.
-    pub vxlan: Vxlan,
+    pub vxlan: crate::desired::Vxlan,
     /// Addresses of its VXLAN devices.
     pub vteps: Vteps,
     /// Addresses of other nodes that the kernel reaches without a router.
@@ -281,6 +268,11 @@ impl Endpoints {
             Family::V4 => self.v4.map(IpAddr::from),
             Family::V6 => self.v6.map(IpAddr::from),
         }
+    }
+
+    /// Those that there are, IPv4 first.
+    pub fn addresses(self) -> impl Iterator<Item = IpAddr> {
+        Family::ALL.into_iter().filter_map(move |family| self.get(family))
     }
 
     /// The address to send to from a node that has `own` families: IPv4 where both have it.

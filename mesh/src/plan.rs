@@ -11,15 +11,14 @@
 //! its packets back meanwhile.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 
 use crate::desired::{
-    Desired, LinkKind, NextHop, Route, RouteKey, Rule, Ruleset, Sysctl, WireGuardDevice,
+    Desired, LinkKind, NextHop, Route, RouteKey, Rule, Ruleset, Sysctl, VtepEntry, WireGuardDevice,
 };
-use crate::mac::Mac;
 use crate::observed::{ForeignRoute, ForwardDrop, Observed, ObservedWireGuard};
 use crate::session::DeviceName;
 
@@ -69,14 +68,10 @@ pub enum Action {
     DeleteAddress { device: DeviceName, address: IpNet },
     /// Change a device's keys, port or peers.
     ConfigureWireGuard { device: DeviceName, change: WireGuardChange },
-    /// Set the address of the VXLAN device behind a next hop.
-    PutNeighbour { device: DeviceName, gateway: IpAddr, mac: Mac },
-    /// Remove a next hop's address.
-    DeleteNeighbour { device: DeviceName, gateway: IpAddr },
-    /// Set the node that has a VXLAN device.
-    PutForwarding { device: DeviceName, mac: Mac, node: IpAddr },
-    /// Remove a VXLAN device's node.
-    DeleteForwarding { device: DeviceName, mac: Mac, node: IpAddr },
+    /// Set an entry of a VXLAN device's tables.
+    PutEntry { device: DeviceName, entry: VtepEntry },
+    /// Remove an entry of a VXLAN device's tables.
+    DeleteEntry { device: DeviceName, entry: VtepEntry },
     /// Add a route, or replace ours with the same key.
     PutRoute(RouteKey, Route),
     /// Remove a route of ours.
@@ -143,6 +138,23 @@ impl Plan {
 /// is not trusted.
 pub fn ruleset(desired: &Desired, observed: &Observed) -> Ruleset {
     diff::ruleset(desired, observed)
+}
+
+/// Whether the guard, every fail-closed route and every device was there already.
+pub fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
+    observed.ruleset.as_ref() == Some(&ruleset(desired, observed))
+        && desired.links().all(|(name, wanted)| {
+            let link = observed.links.get(&name).filter(|link| link.ours);
+            link.is_some_and(|link| match wanted.kind {
+                LinkKind::WireGuard(_) => link.wireguard.is_some(),
+                LinkKind::Vxlan(_) => link.kind == Some(wanted.kind),
+            })
+        })
+        && desired
+            .routes
+            .iter()
+            .filter(|(_, route)| route.next_hop == NextHop::Unreachable)
+            .all(|(key, route)| observed.routes.get(key) == Some(route))
 }
 
 /// Whether a device has the keys, the port and the peers that it should. Where packets to a

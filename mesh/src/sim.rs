@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use gambeson_keys::{Generation, PublicKey};
 
-use crate::desired::{Desired, LinkKind, NextHop, Sysctl, VtepTables};
+use crate::desired::{Desired, LinkKind, NextHop, Sysctl, VtepEntry, VtepTables};
 use crate::observed::{Observed, ObservedLink, ObservedPeer, ObservedWireGuard};
 use crate::plan::{Action, PeerChange, Plan, WireGuardChange};
 use crate::session::DeviceName;
@@ -73,21 +73,28 @@ pub(crate) fn step(
             let state = own_link(observed, *device).wireguard.get_or_insert_default();
             configure(change, keys, state);
         }
-        Action::PutNeighbour { device, gateway, mac } => {
+        Action::PutEntry { device, entry } => {
             let link = own_link(observed, *device);
-            assert!(link.up, "a neighbour on {device}, which is down");
-            link.tables.neighbours.insert(*gateway, *mac);
+            match entry {
+                VtepEntry::Neighbour { gateway, mac } => {
+                    assert!(link.up, "a neighbour on {device}, which is down");
+                    link.tables.neighbours.insert(*gateway, *mac);
+                }
+                VtepEntry::Forwarding { mac, node } => {
+                    link.tables.forwarding.insert(*mac, *node);
+                }
+            }
         }
-        Action::DeleteNeighbour { device, gateway } => {
-            let removed = own_link(observed, *device).tables.neighbours.remove(gateway);
-            assert!(removed.is_some(), "no neighbour {gateway}");
-        }
-        Action::PutForwarding { device, mac, node } => {
-            own_link(observed, *device).tables.forwarding.insert(*mac, *node);
-        }
-        Action::DeleteForwarding { device, mac, node } => {
-            let removed = own_link(observed, *device).tables.forwarding.remove(mac);
-            assert_eq!(removed, Some(*node), "no entry for {mac}");
+        Action::DeleteEntry { device, entry } => {
+            let tables = &mut own_link(observed, *device).tables;
+            match entry {
+                VtepEntry::Neighbour { gateway, mac } => {
+                    assert_eq!(tables.neighbours.remove(gateway), Some(*mac), "no {gateway}");
+                }
+                VtepEntry::Forwarding { mac, node } => {
+                    assert_eq!(tables.forwarding.remove(mac), Some(*node), "no entry for {mac}");
+                }
+            }
         }
         Action::PutRoute(key, route) => {
             if let Some(device) = route.next_hop.device() {

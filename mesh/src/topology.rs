@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::NodeName;
-use crate::desired::{NextHop, Route};
 use crate::node::{Local, Node, NodeRecord, Refusal, Transport, annotation, persistent_keepalive};
 use crate::observed::Observed;
 use crate::pair;
@@ -105,9 +104,7 @@ impl Topology {
     /// whoever holds a key or a pod CIDR keeps it over a restart.
     pub fn recover(&mut self, observed: &Observed) {
         self.recovered = recovered::recover(observed);
-        let in_clear =
-            |route: &Route| matches!(route.next_hop, NextHop::Vtep { .. } | NextHop::Node { .. });
-        self.partial = observed.routes.values().any(in_clear);
+        self.partial = observed.routes.values().any(|route| route.next_hop.is_in_clear());
     }
 
     /// The peers that were found in the kernel, for as long as no Node is known. None where

@@ -83,9 +83,7 @@ fn is_meta(path: &Path) -> bool {
 /// The interface of the default route, when other nodes know this one by another address. It is
 /// how virtual machines with a NAT interface beside the real one get a mesh without a handshake.
 fn another_interface(choice: &Choice, underlay: &Underlay, internal: &[IpAddr]) -> Option<String> {
-    let endpoints = underlay.endpoints;
-    let published = [endpoints.v4.map(IpAddr::from), endpoints.v6.map(IpAddr::from)];
-    let published: Vec<IpAddr> = published.into_iter().flatten().collect();
+    let published: Vec<IpAddr> = underlay.endpoints.addresses().collect();
     let chosen = *choice != Choice::default();
     if chosen || internal.is_empty() || internal.iter().any(|known| published.contains(known)) {
         return None;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
-use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop, Route};
+use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop};
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, annotation, pod_cidrs};
 use gambeson_mesh::observed::{Observed, ObservedLink};
 use gambeson_mesh::plan::{self, Action, Plan};
@@ -212,7 +212,7 @@ impl Reconciler {
         self.check_foreign(&plan, &mut pass)?;
         self.check_ports(&desired, &observed)?;
         let clean = self.execute(&plan, &mut pass).await?;
-        let in_place = clean || is_in_place(&desired, &observed);
+        let in_place = clean || plan::is_in_place(&desired, &observed);
         self.started = true;
         self.hand_over(&local, in_place, &mut pass).await;
         self.check_networks(&mut pass).await;
@@ -220,7 +220,8 @@ impl Reconciler {
         pass.advice = advice::on_host(&self.config, &inputs.underlay, &internal);
         match &inputs.own {
             Some(_) => {
-                let (annotations, encrypted) = (local.annotations(), is_encrypted(&desired));
+                let annotations = local.annotations();
+                let encrypted = !desired.routes.values().any(|route| route.next_hop.is_in_clear());
                 let network_up = self.ready;
                 publish(publication, Publication { annotations, network_up, encrypted });
             }
@@ -418,10 +419,14 @@ impl Reconciler {
         }
     }
 
-    /// Kernel or userspace, decided once: what runs already is kept.
+    /// Kernel or userspace, decided once: what runs already is kept. A node that does not accept
+    /// WireGuard has nothing to decide.
     async fn implementation(&mut self, observed: &Observed) -> Result<Implementation, AgentError> {
         if let Some(decided) = self.implementation {
             return Ok(decided);
+        }
+        if !self.config.transports.contains(&Transport::Wireguard) {
+            return Ok(Implementation::Kernel);
         }
         let running = observed.links.values().filter(|link| link.is_ours()).find_map(|link| {
             match link.kind {
@@ -429,20 +434,17 @@ impl Reconciler {
                 _ => None,
             }
         });
-        let wanted = self.config.transports.contains(&Transport::Wireguard);
         let decided = match (self.config.wireguard, running) {
             (WireGuardMode::Auto, Some(running)) => running,
             (WireGuardMode::Userspace, _) => Implementation::Userspace,
             (WireGuardMode::Kernel, Some(Implementation::Kernel)) => Implementation::Kernel,
             (mode, _) => match (self.kernel.kernel_wireguard_available().await, mode) {
                 (true, _) => Implementation::Kernel,
-                (false, WireGuardMode::Kernel) if wanted => {
-                    return Err(AgentError::NoKernelWireGuard);
-                }
+                (false, WireGuardMode::Kernel) => return Err(AgentError::NoKernelWireGuard),
                 (false, _) => Implementation::Userspace,
             },
         };
-        if wanted && decided == Implementation::Userspace {
+        if decided == Implementation::Userspace {
             if preflight::fips_enabled() {
                 return Err(AgentError::Fips);
             }
@@ -452,9 +454,7 @@ impl Reconciler {
                 preflight::tun()?;
             }
         }
-        if wanted {
-            info!(implementation = ?decided, adopted = running == Some(decided), "WireGuard");
-        }
+        info!(implementation = ?decided, adopted = running == Some(decided), "WireGuard");
         self.implementation = Some(decided);
         Ok(decided)
     }
@@ -585,30 +585,6 @@ impl Underlay {
     fn unknown() -> Self {
         Self { name: String::new(), index: 0, mtu: 0, endpoints: Endpoints::default() }
     }
-}
-
-/// Whether the guard, every fail-closed route and this node's devices were there already.
-fn is_in_place(desired: &Desired, observed: &Observed) -> bool {
-    observed.ruleset.as_ref() == Some(&plan::ruleset(desired, observed))
-        && desired.links().all(|(name, wanted)| {
-            let link = observed.links.get(&name).filter(|link| link.ours);
-            link.is_some_and(|link| match wanted.kind {
-                LinkKind::WireGuard(_) => link.wireguard.is_some(),
-                LinkKind::Vxlan(_) => link.kind == Some(wanted.kind),
-            })
-        })
-        && desired
-            .routes
-            .iter()
-            .filter(|(_, route)| route.next_hop == NextHop::Unreachable)
-            .all(|(key, route)| observed.routes.get(key) == Some(route))
-}
-
-/// Whether every path to another node is encrypted.
-fn is_encrypted(desired: &Desired) -> bool {
-    let in_clear =
-        |route: &Route| matches!(route.next_hop, NextHop::Vtep { .. } | NextHop::Node { .. });
-    !desired.routes.values().any(in_clear)
 }
 
 fn publish(publication: &watch::Sender<Option<Publication>>, wanted: Publication) {

@@ -2,7 +2,6 @@
 //! status.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::time::{Duration, Instant, SystemTime};
 
 use gambeson_mesh::NodeName;
@@ -246,16 +245,10 @@ impl Reporter {
             status.set_key(generation, key);
         }
         status.mtu = Some(local.inner_mtu());
-        let endpoints = underlay.endpoints;
         status.underlay = Some(UnderlayStatus {
             interface: underlay.name.clone(),
             mtu: underlay.mtu,
-            endpoints: endpoints
-                .v4
-                .map(IpAddr::from)
-                .into_iter()
-                .chain(endpoints.v6.map(IpAddr::from))
-                .collect(),
+            endpoints: underlay.endpoints.addresses().collect(),
         });
         status.peers = mesh.peers.values().map(|node| peer_status(node, view)).collect();
         status.refused = mesh

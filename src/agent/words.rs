@@ -1,6 +1,6 @@
 //! Plans and errors in words, for the log and the status.
 
-use gambeson_mesh::desired::RouteKey;
+use gambeson_mesh::desired::{RouteKey, VtepEntry};
 use gambeson_mesh::observed::{ForeignRoute, ForwardDrop};
 use gambeson_mesh::plan::{Action, Plan};
 
@@ -42,10 +42,18 @@ pub(super) fn describe(action: &Action) -> String {
             let (set, removed) = (change.set_peers.len(), change.remove_peers.len());
             format!("{device} peers +{set} -{removed}")
         }
-        Action::PutNeighbour { device, gateway, .. } => format!("+ {gateway} behind {device}"),
-        Action::DeleteNeighbour { device, gateway } => format!("- {gateway} behind {device}"),
-        Action::PutForwarding { device, mac, node } => format!("+ {mac} at {node} on {device}"),
-        Action::DeleteForwarding { device, mac, .. } => format!("- {mac} on {device}"),
+        Action::PutEntry { device, entry: VtepEntry::Neighbour { gateway, .. } } => {
+            format!("+ {gateway} behind {device}")
+        }
+        Action::PutEntry { device, entry: VtepEntry::Forwarding { mac, node } } => {
+            format!("+ {mac} at {node} on {device}")
+        }
+        Action::DeleteEntry { device, entry: VtepEntry::Neighbour { gateway, .. } } => {
+            format!("- {gateway} behind {device}")
+        }
+        Action::DeleteEntry { device, entry: VtepEntry::Forwarding { mac, .. } } => {
+            format!("- {mac} on {device}")
+        }
         Action::PutRoute(key, _) => format!("+ route {}", key.destination),
         Action::DeleteRoute(key) => format!("- route {}", key.destination),
         Action::AddRule(rule) => format!("+ rule to {}", rule.destination),

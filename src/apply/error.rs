@@ -1,12 +1,10 @@
 use std::fs;
 use std::io;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
 use gambeson_keys::Generation;
-use gambeson_mesh::desired::{RouteKey, Rule};
-use gambeson_mesh::mac::Mac;
+use gambeson_mesh::desired::{RouteKey, Rule, VtepEntry};
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 
@@ -56,18 +54,12 @@ pub enum ApplyError {
     /// The tables of a VXLAN device could not be read.
     #[error("cannot read the neighbours of {device}{}", hint(source))]
     ReadTables { device: DeviceName, source: io::Error },
-    /// A neighbour could not be set.
-    #[error("cannot set the neighbour {gateway} of {device}{}", hint(source))]
-    PutNeighbour { device: DeviceName, gateway: IpAddr, source: io::Error },
-    /// A neighbour could not be removed.
-    #[error("cannot delete the neighbour {gateway} of {device}{}", hint(source))]
-    DeleteNeighbour { device: DeviceName, gateway: IpAddr, source: io::Error },
-    /// An entry of the forwarding database could not be set.
-    #[error("cannot set where {device} sends what is for {mac}{}", hint(source))]
-    PutForwarding { device: DeviceName, mac: Mac, source: io::Error },
-    /// An entry of the forwarding database could not be removed.
-    #[error("cannot delete where {device} sends what is for {mac}{}", hint(source))]
-    DeleteForwarding { device: DeviceName, mac: Mac, source: io::Error },
+    /// An entry of a VXLAN device's tables could not be set.
+    #[error("cannot set {}{}", entry_of(*device, *entry), hint(source))]
+    PutEntry { device: DeviceName, entry: VtepEntry, source: io::Error },
+    /// An entry of a VXLAN device's tables could not be removed.
+    #[error("cannot delete {}{}", entry_of(*device, *entry), hint(source))]
+    DeleteEntry { device: DeviceName, entry: VtepEntry, source: io::Error },
     /// The userspace device's program could not be started.
     #[error("cannot start `{program} tunnel {device}`{}", hint(source))]
     StartTunnel { device: DeviceName, program: String, source: io::Error },
@@ -211,10 +203,8 @@ impl ApplyError {
             | Self::DeleteRule { source, .. }
             | Self::ReadWireGuard { source, .. }
             | Self::ConfigureWireGuard { source, .. }
-            | Self::PutNeighbour { source, .. }
-            | Self::DeleteNeighbour { source, .. }
-            | Self::PutForwarding { source, .. }
-            | Self::DeleteForwarding { source, .. }
+            | Self::PutEntry { source, .. }
+            | Self::DeleteEntry { source, .. }
             | Self::Subscribe { source, .. }
             | Self::ReadGeneration { source }
                 if is_denied(source) =>
@@ -272,6 +262,13 @@ fn hint(error: &io::Error) -> &'static str {
         Some(nix::libc::EPERM) => CAPABILITY,
         Some(nix::libc::EOPNOTSUPP) => " (not supported by this kernel)",
         _ => "",
+    }
+}
+
+fn entry_of(device: DeviceName, entry: VtepEntry) -> String {
+    match entry {
+        VtepEntry::Neighbour { gateway, .. } => format!("the neighbour {gateway} of {device}"),
+        VtepEntry::Forwarding { mac, .. } => format!("where {device} sends what is for {mac}"),
     }
 }
 

@@ -9,23 +9,23 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
 
-use gambeson_mesh::desired::{Implementation, LINK_ALIAS, LinkKind, VxlanLink};
+use gambeson_mesh::desired::{Implementation, LINK_ALIAS, LinkKind, Vxlan, VxlanLink};
 use gambeson_mesh::mac::Mac;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{EADDRNOTAVAIL, EEXIST, ENODEV, EOPNOTSUPP};
 use rtnetlink::{LinkUnspec, LinkVxlan, LinkWireguard};
 
 use super::ApplyError;
-use super::netlink::Netlink;
+use super::netlink::{Netlink, family_of};
 
 /// Name prefix of a link that is being made.
 const TEMPORARY_PREFIX: &str = "gmbtmp";
@@ -82,18 +82,17 @@ fn kind_of(infos: &[LinkInfo], mac: Option<Mac>) -> Option<LinkKind> {
 }
 
 fn vxlan_of(data: &[InfoVxlan], mac: Mac) -> VxlanLink {
-    let local = IpAddr::from([0; 4]);
-    let (learning, gbp) = (false, false);
-    let mut link = VxlanLink { vni: 0, port: 0, local, underlay: 0, mac, learning, gbp };
+    let vxlan = Vxlan { vni: 0, port: 0, learning: false, gbp: false };
+    let mut link = VxlanLink { vxlan, local: IpAddr::from([0; 4]), underlay: 0, mac };
     for attribute in data {
         match attribute {
-            InfoVxlan::Id(vni) => link.vni = *vni,
-            InfoVxlan::Port(port) => link.port = *port,
+            InfoVxlan::Id(vni) => link.vxlan.vni = *vni,
+            InfoVxlan::Port(port) => link.vxlan.port = *port,
             InfoVxlan::Local(v4) => link.local = (*v4).into(),
             InfoVxlan::Local6(v6) => link.local = (*v6).into(),
             InfoVxlan::Link(index) => link.underlay = *index,
-            InfoVxlan::Learning(learning) => link.learning = *learning,
-            InfoVxlan::Gbp => link.gbp = true,
+            InfoVxlan::Learning(learning) => link.vxlan.learning = *learning,
+            InfoVxlan::Gbp => link.vxlan.gbp = true,
             _ => {}
         }
     }
@@ -166,22 +165,22 @@ pub(super) async fn add_kernel(
 pub(super) async fn add_vxlan(
     netlink: &mut Netlink,
     device: DeviceName,
-    vxlan: &VxlanLink,
+    link: &VxlanLink,
     mtu: u32,
 ) -> Result<(), ApplyError> {
-    let VxlanLink { vni, port, .. } = *vxlan;
+    let Vxlan { vni, port, learning, gbp } = link.vxlan;
     let name = temporary_name();
     let create = LinkVxlan::new(&name, vni)
         .port(port)
-        .dev(vxlan.underlay)
-        .learning(vxlan.learning)
-        .address(vxlan.mac.octets().to_vec())
+        .dev(link.underlay)
+        .learning(learning)
+        .address(link.mac.octets().to_vec())
         .mtu(mtu);
-    let create = match vxlan.local {
+    let create = match link.local {
         IpAddr::V4(v4) => create.local(v4),
         IpAddr::V6(v6) => create.local6(v6),
     };
-    let create = if vxlan.gbp { create.append_info_data(InfoVxlan::Gbp) } else { create };
+    let create = if gbp { create.append_info_data(InfoVxlan::Gbp) } else { create };
     add(netlink, device, &name, create.build()).await.map_err(|error| match error {
         ApplyError::AddLink { device, source } if is(&source, EEXIST) => {
             ApplyError::VniTaken { device, vni, port, source }
@@ -421,10 +420,7 @@ fn address_message(index: u32, address: IpNet) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.index = index;
     message.header.prefix_len = address.prefix_len();
-    message.header.family = match address {
-        IpNet::V4(_) => AddressFamily::Inet,
-        IpNet::V6(_) => AddressFamily::Inet6,
-    };
+    message.header.family = family_of(address.addr());
     if address.addr().is_ipv6() {
         // Nobody else answers on a point-to-point device: usable at once, not a second later.
         message.header.flags = AddressHeaderFlags::Nodad;

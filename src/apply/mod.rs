@@ -305,18 +305,8 @@ impl Kernel {
             Action::ConfigureWireGuard { device, change } => {
                 self.configure(*device, change, keys).await
             }
-            Action::PutNeighbour { device, gateway, mac } => {
-                vtep::put_neighbour(netlink, *device, *gateway, *mac).await
-            }
-            Action::DeleteNeighbour { device, gateway } => {
-                vtep::delete_neighbour(netlink, *device, *gateway).await
-            }
-            Action::PutForwarding { device, mac, node } => {
-                vtep::put_forwarding(netlink, *device, *mac, *node).await
-            }
-            Action::DeleteForwarding { device, mac, node } => {
-                vtep::delete_forwarding(netlink, *device, *mac, *node).await
-            }
+            Action::PutEntry { device, entry } => vtep::put(netlink, *device, *entry).await,
+            Action::DeleteEntry { device, entry } => vtep::delete(netlink, *device, *entry).await,
             Action::PutRoute(key, route) => route::put(netlink, *key, route).await,
             Action::DeleteRoute(key) => route::delete(netlink, *key).await,
             Action::AddRule(rule) => rule::add(netlink, *rule).await,
@@ -341,7 +331,7 @@ impl Kernel {
                 }
                 wireguard::start(&self.tunnels, device, mtu).await
             }
-            LinkKind::Vxlan(vxlan) => link::add_vxlan(netlink, device, &vxlan, mtu).await,
+            LinkKind::Vxlan(link) => link::add_vxlan(netlink, device, &link, mtu).await,
         }
     }
 
@@ -363,7 +353,7 @@ impl Kernel {
                 if source.raw_os_error() == Some(nix::libc::EADDRINUSE) =>
             {
                 let port = match link::ours(&mut self.netlink, device).await?.kind {
-                    Some(LinkKind::Vxlan(vxlan)) => vxlan.port,
+                    Some(LinkKind::Vxlan(link)) => link.vxlan.port,
                     _ => {
                         let state = wireguard::observe(device, Implementation::Kernel).await?;
                         state.unwrap_or_default().listen_port

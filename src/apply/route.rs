@@ -16,7 +16,7 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{EEXIST, ESRCH};
 
-use super::netlink::Netlink;
+use super::netlink::{Netlink, family_of};
 use super::{ApplyError, link};
 
 /// Reads our routes, and those of others into `networks`. `devices` are the links with our
@@ -51,10 +51,8 @@ pub(super) async fn observe(
 /// The kernel's own choice for a destination, where there is one.
 pub(crate) async fn lookup(netlink: &mut Netlink, address: IpAddr) -> Option<RouteMessage> {
     let mut request = RouteMessage::default();
-    (request.header.address_family, request.header.destination_prefix_length) = match address {
-        IpAddr::V4(_) => (AddressFamily::Inet, 32),
-        IpAddr::V6(_) => (AddressFamily::Inet6, 128),
-    };
+    request.header.address_family = family_of(address);
+    request.header.destination_prefix_length = IpNet::from(address).prefix_len();
     request.attributes.push(RouteAttribute::Destination(address.into()));
     match netlink.get(RouteNetlinkMessage::GetRoute(request)).await {
         Ok(RouteNetlinkMessage::NewRoute(route)) => Some(route),
@@ -141,7 +139,7 @@ pub(super) async fn delete(netlink: &mut Netlink, key: RouteKey) -> Result<(), A
 /// Who has a route with this key: a protocol other than ours where there is one, because
 /// replacing takes the first that the kernel finds.
 async fn owner(netlink: &mut Netlink, key: RouteKey) -> Result<Option<u8>, ApplyError> {
-    let family = family_of(key.destination);
+    let family = family_of(key.destination.addr());
     let mut owner = None;
     for message in dump(netlink, family, RouteProtocol::Unspec).await? {
         if key_of(&message) == Some(key) && owner.is_none_or(|o| o == ROUTE_PROTOCOL) {
@@ -216,20 +214,13 @@ fn message(key: RouteKey, route: &Route, index: Option<u32>) -> RouteMessage {
 
 fn blank(key: RouteKey) -> RouteMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = family_of(key.destination);
+    message.header.address_family = family_of(key.destination.addr());
     message.header.destination_prefix_length = key.destination.prefix_len();
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
     message.attributes.push(RouteAttribute::Destination(key.destination.network().into()));
     message.attributes.push(RouteAttribute::Priority(key.metric));
     message
-}
-
-pub(super) fn family_of(network: IpNet) -> AddressFamily {
-    match network {
-        IpNet::V4(_) => AddressFamily::Inet,
-        IpNet::V6(_) => AddressFamily::Inet6,
-    }
 }
 
 /// Destination and metric of a route. A default route carries no destination.

@@ -12,8 +12,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{EAFNOSUPPORT, EEXIST, ENOENT, EOPNOTSUPP};
 
 use super::ApplyError;
-use super::netlink::Netlink;
-use super::route::family_of;
+use super::netlink::{Netlink, family_of};
 
 /// Reads our rules. A rule with our protocol number that is none that we make is left out.
 pub(super) async fn observe(netlink: &mut Netlink) -> Result<BTreeSet<Rule>, ApplyError> {
@@ -61,7 +60,7 @@ fn is_unsupported(error: &io::Error) -> bool {
 fn message(rule: Rule) -> RuleMessage {
     let Rule { destination, step } = rule;
     let mut message = RuleMessage::default();
-    message.header.family = family_of(destination);
+    message.header.family = family_of(destination.addr());
     message.header.dst_len = destination.prefix_len();
     message.attributes = vec![
         RuleAttribute::Destination(destination.network()),

@@ -4,7 +4,7 @@
 use std::io;
 use std::net::IpAddr;
 
-use gambeson_mesh::desired::VtepTables;
+use gambeson_mesh::desired::{VtepEntry, VtepTables};
 use gambeson_mesh::mac::Mac;
 use gambeson_mesh::session::DeviceName;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
@@ -14,7 +14,7 @@ use netlink_packet_route::neighbour::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{ENOENT, EOPNOTSUPP};
 
-use super::netlink::Netlink;
+use super::netlink::{Netlink, family_of};
 use super::{ApplyError, link};
 
 /// Reads the permanent entries of the device with this index.
@@ -37,85 +37,39 @@ pub(super) async fn observe(
     Ok(tables)
 }
 
-/// Sets the address of the device behind a next hop.
-pub(super) async fn put_neighbour(
+/// Sets an entry.
+pub(super) async fn put(
     netlink: &mut Netlink,
     device: DeviceName,
-    gateway: IpAddr,
-    mac: Mac,
+    entry: VtepEntry,
 ) -> Result<(), ApplyError> {
     let index = link::ours(netlink, device).await?.index;
-    let message = message(family_of(gateway), index, mac, gateway);
-    put(netlink, message).await.map_err(|source| ApplyError::PutNeighbour {
-        device,
-        gateway,
-        source,
-    })
+    let message = RouteNetlinkMessage::NewNeighbour(message(index, entry));
+    let result = netlink.change(message, NLM_F_CREATE | NLM_F_REPLACE).await;
+    result.map_err(|source| ApplyError::PutEntry { device, entry, source })
 }
 
-/// Removes a next hop. One that is gone already is success.
-pub(super) async fn delete_neighbour(
+/// Removes an entry. One that is gone already is success.
+pub(super) async fn delete(
     netlink: &mut Netlink,
     device: DeviceName,
-    gateway: IpAddr,
+    entry: VtepEntry,
 ) -> Result<(), ApplyError> {
     let index = link::ours(netlink, device).await?.index;
-    let mut message = NeighbourMessage::default();
-    message.header.family = family_of(gateway);
-    message.header.ifindex = index;
-    message.attributes.push(NeighbourAttribute::Destination(address(gateway)));
-    delete(netlink, message).await.map_err(|source| ApplyError::DeleteNeighbour {
-        device,
-        gateway,
-        source,
-    })
-}
-
-/// Sets the node that has the device with this address.
-pub(super) async fn put_forwarding(
-    netlink: &mut Netlink,
-    device: DeviceName,
-    mac: Mac,
-    node: IpAddr,
-) -> Result<(), ApplyError> {
-    let index = link::ours(netlink, device).await?.index;
-    put(netlink, message(AddressFamily::Bridge, index, mac, node))
-        .await
-        .map_err(|source| ApplyError::PutForwarding { device, mac, source })
-}
-
-/// Removes an address from the forwarding database. One that is gone already is success.
-pub(super) async fn delete_forwarding(
-    netlink: &mut Netlink,
-    device: DeviceName,
-    mac: Mac,
-    node: IpAddr,
-) -> Result<(), ApplyError> {
-    let index = link::ours(netlink, device).await?.index;
-    delete(netlink, message(AddressFamily::Bridge, index, mac, node))
-        .await
-        .map_err(|source| ApplyError::DeleteForwarding { device, mac, source })
-}
-
-async fn put(netlink: &mut Netlink, message: NeighbourMessage) -> io::Result<()> {
-    let message = RouteNetlinkMessage::NewNeighbour(message);
-    netlink.change(message, NLM_F_CREATE | NLM_F_REPLACE).await
-}
-
-async fn delete(netlink: &mut Netlink, message: NeighbourMessage) -> io::Result<()> {
-    match netlink.change(RouteNetlinkMessage::DelNeighbour(message), 0).await {
+    let message = RouteNetlinkMessage::DelNeighbour(message(index, entry));
+    match netlink.change(message, 0).await {
         Err(error) if error.raw_os_error() == Some(ENOENT) => Ok(()),
-        result => result,
+        result => result.map_err(|source| ApplyError::DeleteEntry { device, entry, source }),
     }
 }
 
-/// One permanent entry. An address that no device of ours can have is left out.
-struct Entry {
+/// What the kernel says of an entry. An address that no device of ours can have is left out.
+struct Found {
     mac: Option<Mac>,
     address: Option<IpAddr>,
 }
 
-async fn dump(netlink: &mut Netlink, family: AddressFamily, index: u32) -> io::Result<Vec<Entry>> {
+async fn dump(netlink: &mut Netlink, family: AddressFamily, index: u32) -> io::Result<Vec<Found>> {
     let mut request = NeighbourMessage::default();
     request.header.family = family;
     // Each kind of dump has its own place for it (neigh_valid_dump_req in net/core/neighbour.c,
@@ -148,8 +102,8 @@ fn is_permanent(state: NeighbourState) -> bool {
     u16::from(state) & u16::from(NeighbourState::Permanent) != 0
 }
 
-fn entry(message: &NeighbourMessage) -> Entry {
-    let mut entry = Entry { mac: None, address: None };
+fn entry(message: &NeighbourMessage) -> Found {
+    let mut entry = Found { mac: None, address: None };
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::LinkLayerAddress(bytes) => entry.mac = Mac::from_bytes(bytes),
@@ -171,32 +125,28 @@ fn entry(message: &NeighbourMessage) -> Entry {
     entry
 }
 
-fn message(family: AddressFamily, index: u32, mac: Mac, of: IpAddr) -> NeighbourMessage {
+fn message(index: u32, entry: VtepEntry) -> NeighbourMessage {
+    let (family, flags, mac, ip) = match entry {
+        VtepEntry::Neighbour { gateway, mac } => {
+            (family_of(gateway), NeighbourFlags::empty(), mac, gateway)
+        }
+        // In the device's own database, not in that of a bridge that it may be a port of.
+        VtepEntry::Forwarding { mac, node } => {
+            (AddressFamily::Bridge, NeighbourFlags::Own, mac, node)
+        }
+    };
     let mut message = NeighbourMessage::default();
     message.header.family = family;
     message.header.ifindex = index;
     message.header.state = NeighbourState::Permanent;
-    if family == AddressFamily::Bridge {
-        // In the device's own database, not in that of a bridge that it may be a port of.
-        message.header.flags = NeighbourFlags::Own;
-    }
-    message.attributes = vec![
-        NeighbourAttribute::LinkLayerAddress(mac.octets().to_vec()),
-        NeighbourAttribute::Destination(address(of)),
-    ];
-    message
-}
-
-fn address(ip: IpAddr) -> NeighbourAddress {
-    match ip {
+    message.header.flags = flags;
+    let destination = match ip {
         IpAddr::V4(v4) => NeighbourAddress::Inet(v4),
         IpAddr::V6(v6) => NeighbourAddress::Inet6(v6),
-    }
-}
-
-fn family_of(ip: IpAddr) -> AddressFamily {
-    match ip {
-        IpAddr::V4(_) => AddressFamily::Inet,
-        IpAddr::V6(_) => AddressFamily::Inet6,
-    }
+    };
+    message.attributes = vec![
+        NeighbourAttribute::LinkLayerAddress(mac.octets().to_vec()),
+        NeighbourAttribute::Destination(destination),
+    ];
+    message
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use gambeson_mesh::node::{Transport, Vxlan};
+use gambeson_mesh::desired::Vxlan;
+use gambeson_mesh::node::Transport;
 use serde_json::{Map, Value};
 
 use super::check::{ConfigError, invalid};
@@ -45,7 +46,7 @@ impl Default for NetConf {
             port: None,
             mtu: None,
             transports: BTreeSet::from([Transport::Wireguard]),
-            vxlan: Vxlan { vni: 1, port: 8472, learning: false, gbp: false },
+            vxlan: Vxlan::default(),
             unknown: Vec::new(),
         }
     }
@@ -103,8 +104,9 @@ impl NetConf {
             let list: Option<BTreeSet<_>> = value.as_array()?.iter().map(transport).collect();
             list.filter(|list| !list.is_empty())
         };
-        let transports = take(&mut backend, "Transports", takes, list)?;
-        self.transports = transports.unwrap_or(std::mem::take(&mut self.transports));
+        if let Some(transports) = take(&mut backend, "Transports", takes, list)? {
+            self.transports = transports;
+        }
         self.port = take(&mut backend, "ListenPort", "give a UDP port", port)?;
         let bytes = |value: &Value| u32::try_from(value.as_u64()?).ok();
         self.mtu = take(&mut backend, "MTU", "give a number of bytes, or leave it out", bytes)?

@@ -4,8 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use gambeson_keys::{Generation, PrivateKey};
-use gambeson_mesh::desired::{Desired, Implementation};
-use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, Vxlan};
+use gambeson_mesh::desired::{Desired, Implementation, Vxlan};
+use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport};
 use gambeson_mesh::plan::{Action, Plan};
 use gambeson_mesh::topology::Topology;
 use gambeson_mesh::transport;
@@ -35,7 +35,7 @@ fn node(i: u8, transport: Transport) -> Local {
         underlay_mtu: 1500,
         implementation: Implementation::Kernel,
         transports: [transport].into(),
-        vxlan: Vxlan { vni: 1, port: 8472, learning: false, gbp: false },
+        vxlan: Vxlan::default(),
         on_link: BTreeSet::new(),
         bridge: "cni0".to_owned(),
         masquerade: true,

@@ -11,6 +11,7 @@ use super::{
     DEFAULT_PORT, Endpoints, Local, MAX_PORT, Node, NodeRecord, Refusal, Transport, Vteps,
     annotation, excerpt,
 };
+use crate::family::Family;
 use crate::mac::{Mac, MacError};
 
 /// Longest value that is looked at, in bytes. The longest valid one is a list of transports.
@@ -104,7 +105,8 @@ pub fn pod_cidrs(
     let mut cidrs = BTreeSet::new();
     for text in &record.pod_cidrs {
         let cidr = pod_cidr(text)?;
-        let mut family = cluster_networks.iter().filter(|n| is_v6(n) == is_v6(&cidr)).peekable();
+        let same = |network: &&IpNet| Family::of_net(network) == Family::of_net(&cidr);
+        let mut family = cluster_networks.iter().filter(same).peekable();
         if family.peek().is_none() {
             continue;
         }
@@ -136,10 +138,6 @@ fn pod_cidr(text: &str) -> Result<IpNet, Refusal> {
         return Err(refuse("has bits set after the prefix"));
     }
     Ok(cidr)
-}
-
-fn is_v6(net: &IpNet) -> bool {
-    matches!(net, IpNet::V6(_))
 }
 
 fn join(networks: &BTreeSet<IpNet>) -> String {

@@ -191,7 +191,8 @@ impl<'a> Difference<'a> {
             if self.links.contains_key(device) {
                 let up = self.kept.get(device).filter(|link| link.up);
                 let observed = up.map(|link| link.tables.clone()).unwrap_or_default();
-                actions.extend(vxlan::additions(*device, &vtep.tables, &observed));
+                let put = |entry| Action::PutEntry { device: *device, entry };
+                actions.extend(vxlan::additions(&vtep.tables, &observed).into_iter().map(put));
             }
         }
     }
@@ -246,7 +247,9 @@ impl<'a> Difference<'a> {
         }
         for (device, link) in &self.kept {
             if let Some(vtep) = self.desired.vteps.get(device) {
-                actions.extend(vxlan::removals(*device, &vtep.tables, &link.tables));
+                let delete = |entry| Action::DeleteEntry { device: *device, entry };
+                let surplus = vxlan::removals(&vtep.tables, &link.tables);
+                actions.extend(surplus.into_iter().map(delete));
             }
         }
         for (device, link) in &self.kept {

@@ -1,38 +1,43 @@
 //! The difference of one VXLAN device's tables.
 
-use super::Action;
-use crate::desired::VtepTables;
-use crate::session::DeviceName;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use crate::desired::{VtepEntry, VtepTables};
+use crate::mac::Mac;
 
 /// Entries to set: from the node to the next hop, so that none leads nowhere.
-pub(super) fn additions(
-    device: DeviceName,
-    desired: &VtepTables,
-    observed: &VtepTables,
-) -> Vec<Action> {
-    let forwarding = desired.forwarding.iter();
-    let forwarding = forwarding.filter(|(mac, node)| observed.forwarding.get(mac) != Some(node));
-    let neighbours = desired.neighbours.iter();
-    let neighbours =
-        neighbours.filter(|(gateway, mac)| observed.neighbours.get(gateway) != Some(mac));
-    let put = |(mac, node): (&_, &_)| Action::PutForwarding { device, mac: *mac, node: *node };
-    let resolve =
-        |(gateway, mac): (&_, &_)| Action::PutNeighbour { device, gateway: *gateway, mac: *mac };
-    forwarding.map(put).chain(neighbours.map(resolve)).collect()
+pub(super) fn additions(desired: &VtepTables, observed: &VtepTables) -> Vec<VtepEntry> {
+    let forwarding = changed(&desired.forwarding, &observed.forwarding).map(forwarding);
+    let neighbours = changed(&desired.neighbours, &observed.neighbours).map(neighbour);
+    forwarding.chain(neighbours).collect()
 }
 
-/// Entries to remove.
-pub(super) fn removals(
-    device: DeviceName,
-    desired: &VtepTables,
-    observed: &VtepTables,
-) -> Vec<Action> {
-    let neighbours = observed.neighbours.keys();
-    let neighbours = neighbours.filter(|gateway| !desired.neighbours.contains_key(gateway));
-    let forwarding = observed.forwarding.iter();
-    let forwarding = forwarding.filter(|(mac, _)| !desired.forwarding.contains_key(mac));
-    let forget = |gateway: &_| Action::DeleteNeighbour { device, gateway: *gateway };
-    let delete =
-        |(mac, node): (&_, &_)| Action::DeleteForwarding { device, mac: *mac, node: *node };
-    neighbours.map(forget).chain(forwarding.map(delete)).collect()
+/// Entries to remove, in the other order.
+pub(super) fn removals(desired: &VtepTables, observed: &VtepTables) -> Vec<VtepEntry> {
+    let neighbours = surplus(&desired.neighbours, &observed.neighbours).map(neighbour);
+    let forwarding = surplus(&desired.forwarding, &observed.forwarding).map(forwarding);
+    neighbours.chain(forwarding).collect()
+}
+
+fn neighbour((gateway, mac): (&IpAddr, &Mac)) -> VtepEntry {
+    VtepEntry::Neighbour { gateway: *gateway, mac: *mac }
+}
+
+fn forwarding((mac, node): (&Mac, &IpAddr)) -> VtepEntry {
+    VtepEntry::Forwarding { mac: *mac, node: *node }
+}
+
+fn changed<'a, K: Ord, V: PartialEq>(
+    desired: &'a BTreeMap<K, V>,
+    observed: &BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'a K, &'a V)> {
+    desired.iter().filter(|(key, value)| observed.get(key) != Some(value))
+}
+
+fn surplus<'a, K: Ord, V>(
+    desired: &BTreeMap<K, V>,
+    observed: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'a K, &'a V)> {
+    observed.iter().filter(|(key, _)| !desired.contains_key(key))
 }

@@ -40,18 +40,9 @@ pub fn desired(mesh: &Mesh, local: &Local) -> Desired {
     for node in mesh.peers.values() {
         // The others that a pair allows are shut: what is in clear could be forged.
         match pair::transport(local, node) {
-            Ok(Transport::Wireguard) => {
-                wireguard::admit(mesh, local, node, &mut desired);
-                wireguard::route(local, node, &mut desired);
-            }
-            Ok(Transport::HostGw) => {
-                host_gw::admit(local, node, &mut desired);
-                host_gw::route(local, node, &mut desired);
-            }
-            Ok(Transport::Vxlan) => {
-                vxlan::admit(local, node, &mut desired);
-                vxlan::route(local, node, &mut desired);
-            }
+            Ok(Transport::Wireguard) => wireguard::reach(mesh, local, node, &mut desired),
+            Ok(Transport::HostGw) => host_gw::reach(local, node, &mut desired),
+            Ok(Transport::Vxlan) => vxlan::reach(local, node, &mut desired),
             Err(_) => {}
         }
     }

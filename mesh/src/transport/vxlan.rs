@@ -9,10 +9,6 @@
 //!
 //! All three are written beforehand and never asked for on the wire.
 
-use std::net::IpAddr;
-
-use ipnet::IpNet;
-
 use super::{base_addresses, peer_route_mtu, source};
 use crate::desired::{Desired, NextHop, PEER_ROUTE_METRIC, Route, RouteKey, Vtep, VxlanLink};
 use crate::family::Family;
@@ -28,15 +24,8 @@ pub(super) fn devices(local: &Local, desired: &mut Desired) {
         else {
             continue;
         };
-        let link = VxlanLink {
-            vni: local.vxlan.vni,
-            port: local.vxlan.port,
-            local: address,
-            underlay: local.underlay_index,
-            mac,
-            learning: local.vxlan.learning,
-            gbp: local.vxlan.gbp,
-        };
+        let link =
+            VxlanLink { vxlan: local.vxlan, local: address, underlay: local.underlay_index, mac };
         let overhead = Transport::Vxlan.overhead(family);
         let vtep = Vtep {
             link,
@@ -48,12 +37,13 @@ pub(super) fn devices(local: &Local, desired: &mut Desired) {
     }
 }
 
-/// Lets packets of a peer pass through our devices, and knows the way to the peer's.
-pub(super) fn admit(local: &Local, node: &Node, desired: &mut Desired) {
+/// Lets packets of a peer pass through our devices, knows the way to the peer's, and routes to
+/// its pods, for the families in which this node has an address to answer to.
+pub(super) fn reach(local: &Local, node: &Node, desired: &mut Desired) {
     for cidr in &node.pod_cidrs {
-        let Some((device, gateway)) = hop(local, node, cidr) else { continue };
+        let Some(family) = pair::vxlan_family(local, node, Family::of_net(cidr)) else { continue };
+        let (device, gateway) = (DeviceName::Vxlan(family), cidr.network());
         let Some(vtep) = desired.vteps.get_mut(&device) else { continue };
-        let DeviceName::Vxlan(family) = device else { continue };
         let (Some(mac), Some(address)) = (node.vteps.get(family), node.endpoints.get(family))
         else {
             continue;
@@ -62,25 +52,11 @@ pub(super) fn admit(local: &Local, node: &Node, desired: &mut Desired) {
         vtep.tables.forwarding.insert(mac, address);
         let plaintext = desired.ruleset.plaintext.entry(device.as_str().to_owned());
         plaintext.or_default().insert(*cidr);
-    }
-}
 
-/// Routes to a peer's pods, for the families in which this node has an address to answer to.
-pub(super) fn route(local: &Local, node: &Node, desired: &mut Desired) {
-    for destination in &node.pod_cidrs {
-        let hop = hop(local, node, destination);
-        let Some((hop, source)) = hop.zip(source(&local.pod_cidrs, destination)) else { continue };
-        let (device, gateway) = hop;
-        let Some(vtep) = desired.vteps.get(&device) else { continue };
+        let Some(source) = source(&local.pod_cidrs, cidr) else { continue };
         let mtu = peer_route_mtu(local, node).min(vtep.mtu);
-        let key = RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };
+        let key = RouteKey { destination: *cidr, metric: PEER_ROUTE_METRIC };
         let next_hop = NextHop::Vtep { device, gateway };
         desired.routes.insert(key, Route { next_hop, mtu: Some(mtu), source: Some(source) });
     }
-}
-
-/// The device for pods in this prefix, and their next hop.
-fn hop(local: &Local, node: &Node, cidr: &IpNet) -> Option<(DeviceName, IpAddr)> {
-    let family = pair::vxlan_family(local, node, Family::of_net(cidr))?;
-    Some((DeviceName::Vxlan(family), cidr.network()))
 }

@@ -19,8 +19,14 @@ use crate::topology::Mesh;
 #[cfg(test)]
 mod tests;
 
+/// Adds a peer to the devices of its sessions, and routes to its pods.
+pub(super) fn reach(mesh: &Mesh, local: &Local, node: &Node, desired: &mut Desired) {
+    admit(mesh, local, node, desired);
+    route(local, node, desired);
+}
+
 /// Adds a peer to the devices of its sessions, which are made when they are first needed.
-pub(super) fn admit(mesh: &Mesh, local: &Local, node: &Node, desired: &mut Desired) {
+fn admit(mesh: &Mesh, local: &Local, node: &Node, desired: &mut Desired) {
     if local.pod_cidrs.is_empty() {
         return;
     }
@@ -83,7 +89,7 @@ fn peer(mesh: &Mesh, local: &Local, node: &Node, session: Session) -> Option<Wir
 }
 
 /// Routes to a peer's pods, for the families in which this node has an address to answer to.
-pub(super) fn route(local: &Local, node: &Node, desired: &mut Desired) {
+fn route(local: &Local, node: &Node, desired: &mut Desired) {
     let Some((current, _)) = local.current_key() else { return };
     let device = Session::between(current, node.generation).device();
     if !desired.devices.contains_key(&device) {

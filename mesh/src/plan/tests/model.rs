@@ -1,11 +1,14 @@
 //! Any observed state is led to any desired one, and stays there.
 
+use std::net::IpAddr;
+
 use proptest::collection::{btree_map, btree_set};
 use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
-use crate::desired::{RuleStep, Sysctl, VtepTables, VxlanLink};
+use crate::desired::{RuleStep, Sysctl, VtepTables, Vxlan, VxlanLink};
+use crate::mac::Mac;
 use crate::node::Transport;
 use crate::observed::{ObservedPeer, ObservedWireGuard};
 use crate::topology::Mesh;
@@ -28,13 +31,10 @@ fn any_kind() -> impl Strategy<Value = LinkKind> {
     prop_oneof![
         any_implementation().prop_map(LinkKind::WireGuard),
         vxlan.prop_map(|(local, mac, learning)| LinkKind::Vxlan(VxlanLink {
-            vni: 1,
-            port: 8472,
+            vxlan: Vxlan { learning, ..Vxlan::default() },
             local,
             underlay: 2,
             mac,
-            learning,
-            gbp: false,
         })),
     ]
 }
@@ -184,7 +184,8 @@ fn any_desired() -> impl Strategy<Value = Desired> {
         .prop_map(|(implementation, generation, next, port, peers, keepalive, transports)| {
             let mut own = Local { implementation, port, transports, ..local(1, generation) };
             // Of the others, the odd ones are on this node's link.
-            own.on_link = [3_u8, 5].iter().flat_map(|i| hops(local(*i, 0).endpoints)).collect();
+            own.on_link =
+                [3_u8, 5].iter().flat_map(|i| local(*i, 0).endpoints.addresses()).collect();
             own.keys.extend(next.map(|n| (Generation::new(generation + 1), key(n))));
             let others = peers.into_iter().map(|(i, generation, next, port, v6, transports)| {
                 let port = 51820 + 2 * port;
@@ -207,10 +208,6 @@ fn any_transports() -> impl Strategy<Value = BTreeSet<Transport>> {
     ]
 }
 
-fn hops(endpoints: crate::node::Endpoints) -> impl Iterator<Item = IpAddr> {
-    endpoints.v4.map(IpAddr::from).into_iter().chain(endpoints.v6.map(IpAddr::from))
-}
-
 fn rank(action: &Action) -> u8 {
     match action {
         Action::SetRuleset(_) => 0,
@@ -222,12 +219,12 @@ fn rank(action: &Action) -> u8 {
         Action::SetSysctl(Sysctl::DisableIpv6(_), _) => 5,
         Action::AddAddress { .. } => 5,
         Action::SetLinkUp(_) => 6,
-        Action::PutForwarding { .. } | Action::PutNeighbour { .. } => 7,
+        Action::PutEntry { .. } => 7,
         Action::SetSysctl(..) => 8,
         Action::PutRoute(..) => 9,
         Action::DeleteRule(_) | Action::DeleteRoute(_) => 10,
         Action::ConfigureWireGuard { .. } => 11,
-        Action::DeleteNeighbour { .. } | Action::DeleteForwarding { .. } => 12,
+        Action::DeleteEntry { .. } => 12,
         Action::DeleteAddress { .. } => 13,
         Action::DeleteLink(_) => 14,
     }
