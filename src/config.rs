@@ -3,13 +3,13 @@
 
 mod check;
 mod net_conf;
+mod net_conf_watch;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use gambeson_mesh::desired::Vxlan;
-use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport};
+use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT};
 use ipnet::IpNet;
 use regex::Regex;
 
@@ -18,7 +18,9 @@ pub(crate) use check::check_interface_name;
 use check::{
     can_be_sent_to, check_prefix, checked_node_name, cluster_networks, invalid, parse, transports,
 };
+pub use net_conf::Backend;
 use net_conf::NetConf;
+pub use net_conf_watch::{NetConfWatch, Reading};
 
 use crate::cni::DEFAULT_BRIDGE;
 use crate::underlay::Choice;
@@ -261,10 +263,10 @@ pub struct Config {
     pub mtu: Option<u32>,
     /// Kernel or userspace.
     pub wireguard: WireGuardMode,
-    /// Transports this node accepts, at least one.
-    pub transports: BTreeSet<Transport>,
-    /// What VXLAN devices are.
-    pub vxlan: Vxlan,
+    /// How packets may travel.
+    pub backend: Backend,
+    /// The file to follow for changes of that, unless an option says it.
+    pub net_conf: Option<NetConfWatch>,
     /// Masquerade what leaves the cluster networks.
     pub ip_masq: bool,
     /// Accept the cluster networks' packets in the host's firewall.
@@ -324,8 +326,12 @@ impl Options {
             &self.cluster_cidr
         };
         let cluster_networks = cluster_networks(given)?;
-        let transports = match self.transports.iter().all(String::is_empty) {
-            true => file.transports,
+        // An option is fixed for the life of the agent; a file can be written anew.
+        let by_file = self.transports.iter().all(String::is_empty);
+        let path = self.net_config_path.clone().filter(|_| by_file);
+        let net_conf = path.map(|path| NetConfWatch::new(path, file.clone()));
+        let transports = match by_file {
+            true => file.backend.transports,
             false => transports(&self.transports)?,
         };
         let underlay = self.underlay()?;
@@ -363,8 +369,8 @@ impl Options {
             port,
             mtu,
             wireguard: self.wireguard,
-            transports,
-            vxlan: file.vxlan,
+            backend: Backend { transports, vxlan: file.backend.vxlan },
+            net_conf,
             ip_masq: self.ip_masq,
             forward_rules: self.iptables_forward_rules,
             subnet_file: self.subnet_file,
@@ -447,6 +453,7 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use gambeson_mesh::node::Transport;
 
     use super::*;
 
@@ -475,7 +482,7 @@ mod tests {
         assert_eq!(config.node, NodeIdentity::Name("node-1".into()));
         assert_eq!(config.port, 51820);
         assert_eq!(config.healthz, Some("127.0.0.1:9480".parse().unwrap()));
-        assert_eq!(config.transports, BTreeSet::from([Transport::Wireguard]));
+        assert_eq!(config.backend.transports, BTreeSet::from([Transport::Wireguard]));
         assert!(!config.ip_masq && config.forward_rules);
     }
 
@@ -541,16 +548,19 @@ mod tests {
         assert_eq!(config.cluster_networks, BTreeSet::from(["10.9.0.0/16".parse().unwrap()]));
         assert_eq!((config.port, config.mtu), (5000, Some(1400)));
         assert_eq!(config.unknown_keys, ["Extra"]);
-        assert_eq!(config.transports, BTreeSet::from([Transport::Wireguard]));
+        assert_eq!(config.backend.transports, BTreeSet::from([Transport::Wireguard]));
         let config = validate(&[&option, "--port=6000", "--mtu=1450"]).unwrap();
         assert_eq!(config.cluster_networks, BTreeSet::from(["10.244.0.0/16".parse().unwrap()]));
         assert_eq!((config.port, config.mtu), (6000, Some(1450)));
         std::fs::write(&file, r#"{"Backend": {"Type": "vxlan", "VNI": 7}}"#).unwrap();
         let config = validate(&[&option]).unwrap();
-        assert_eq!(config.transports, BTreeSet::from([Transport::Vxlan]));
+        assert_eq!(config.backend.transports, BTreeSet::from([Transport::Vxlan]));
         let config = validate(&[&option, "--transports=vxlan,wireguard"]).unwrap();
-        assert_eq!(config.transports, BTreeSet::from([Transport::Vxlan, Transport::Wireguard]));
-        assert_eq!((config.vxlan.vni, config.vxlan.port), (7, 8472));
+        assert_eq!(
+            config.backend.transports,
+            BTreeSet::from([Transport::Vxlan, Transport::Wireguard])
+        );
+        assert_eq!((config.backend.vxlan.vni, config.backend.vxlan.port), (7, 8472));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod agent;
 mod api;
 mod apply;
 mod boot;
+mod changeover;
 mod chaos;
 mod chart;
 mod cni;

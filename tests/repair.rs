@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use gambeson_lab::probe::ping::{Echo, Pinger};
 use gambeson_lab::wait::until;
-use gambeson_lab::{Family, Lab, Node, Options, WireguardMode};
+use gambeson_lab::{Family, Lab, Node, Options, Transports, WireguardMode};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -86,6 +86,16 @@ pub(crate) const RULES: &[&str] = &[
     "nft flush chain inet gambeson guard_out; sleep 0.02; nft flush chain inet gambeson guard_out",
 ];
 
+/// Each after the last look at whether the repair before holds.
+const TABLES: &[&str] = &[
+    "sleep 0.3; ip neigh del 10.244.2.0 dev gambeson-vx4",
+    "sleep 0.3; ip -6 neigh flush dev gambeson-vx6 nud permanent",
+    "sleep 0.3; ip neigh replace 10.244.2.0 lladdr 02:00:00:00:00:01 dev gambeson-vx4 nud permanent",
+    "sleep 0.3; bridge fdb del 0a:58:0a:f4:02:00 dst 192.168.240.2 dev gambeson-vx4",
+    "sleep 0.3; bridge fdb replace 0a:58:0a:f4:02:00 dst 192.168.240.9 dev gambeson-vx4",
+    "sleep 0.3; bridge fdb add 02:00:00:00:00:02 dst 192.168.240.9 dev gambeson-vx4",
+];
+
 pub(crate) const SETTINGS: &[&str] = &[
     "echo 1 > /proc/sys/net/ipv4/conf/gambeson0/rp_filter",
     "echo 0 > /proc/sys/net/ipv4/ip_forward",
@@ -112,6 +122,12 @@ fn routes() {
 #[test]
 fn rules() {
     damage(userspace(), RULES);
+}
+
+#[test]
+fn tables() {
+    let transports = Transports::parse(&["vxlan".to_owned()]).unwrap();
+    damage(Options { transports, underlay: Family::Dual, ..userspace() }, TABLES);
 }
 
 #[test]

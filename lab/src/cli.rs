@@ -14,8 +14,8 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::traffic::{FlowReport, Rate, Traffic, report_table};
 use crate::{
-    Family, INTERRUPTED, Lab, LabError, LabName, Options, Progress, Transports, WireguardModes,
-    paint, run_api_server,
+    Family, INTERRUPTED, Lab, LabError, LabName, Options, OptionsError, Progress, Transports,
+    WireguardModes, paint, run_api_server,
 };
 
 /// How long the last packets may take to arrive.
@@ -86,6 +86,16 @@ enum LabCommand {
     Restart {
         /// node-1, ...
         node: String,
+    },
+    /// Tell a running agent which transports it accepts from now on
+    ///
+    /// Writes the node's net-conf.json. Pairs of nodes move within a few seconds, without loss
+    /// where both still accept what they leave.
+    Transports {
+        /// node-1, ...
+        node: String,
+        /// wireguard, host-gw, vxlan, or several of them with commas
+        list: String,
     },
     /// Switch a node off and on, then start its agent and its pods
     ///
@@ -194,6 +204,10 @@ fn run(cli: Cli) -> Result<(), Failure> {
             eprintln!("the agent of {} is started: {pid}", node.name());
             Ok(())
         }
+        LabCommand::Transports { node, list } => {
+            let list = Transports::list(&list).map_err(usage)?;
+            Ok(Lab::open(&name)?.node(&node)?.set_transports(&list)?)
+        }
         LabCommand::Reboot { node } => {
             let lab = Lab::open(&name)?;
             let node = lab.node(&node)?;
@@ -220,10 +234,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
+fn usage(error: OptionsError) -> Failure {
+    Failure::new(Exit::Usage, LabError::Options(error))
+}
+
 fn up(name: LabName, args: UpArgs) -> Result<(), Failure> {
     let lab_binary = own_program()?;
-    let transports = Transports::parse(&args.transports)
-        .map_err(|error| Failure::new(Exit::Usage, LabError::Options(error)))?;
+    let transports = Transports::parse(&args.transports).map_err(usage)?;
     let options = Options {
         nodes: args.nodes,
         transports,

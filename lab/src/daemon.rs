@@ -28,6 +28,8 @@ pub(super) const AGENT_LOG: &str = "agent.log";
 pub(super) const KUBECONFIG: &str = "/run/gambeson/kubeconfig";
 /// Where that finds its token.
 pub(super) const TOKEN: &str = "/run/gambeson/token";
+/// Where an agent finds its net-conf.json, which can be written anew while it runs.
+pub(super) const NET_CONF: &str = "/var/lib/lab/net-conf.json";
 
 /// Arguments that start the API server of this lab, and tell its process from all others.
 pub(super) fn api_arguments(name: &LabName) -> [String; 3] {
@@ -100,7 +102,7 @@ pub(super) fn start_agent(options: &Options, node: NodeIndex) -> Result<ProcessI
         // As Flannel's own manifest has it.
         .arg("--ip-masq")
         .args(["--wireguard", options.wireguard.of(&node.name()).as_str()])
-        .args(["--transports", &options.transports.argument(&node.name())])
+        .args(["--net-config-path", NET_CONF])
         .args(&options.agent_arguments)
         .env("NODE_NAME", node.name())
         .env_remove("KUBECONFIG")

@@ -198,6 +198,7 @@ impl Lab {
         drop(store);
         for node in self.nodes() {
             node.give_token(Some(&node.name()), TOKEN_LIFETIME)?;
+            node.set_transports(options.transports.of(&node.name()))?;
         }
         self.start_api()?;
         write_atomically(&self.kubeconfig_path(), self.kubeconfig().as_bytes())?;
@@ -224,7 +225,7 @@ impl Lab {
         let environment = daemon::environment(&self.options, node);
         let on_host = |path: &str| environment.host_path(Path::new(path));
         for folder in
-            ["/run/netns", "/run/gambeson", "/run/wireguard", "/var/lib", CONF_DIR, BIN_DIR]
+            ["/run/netns", "/run/gambeson", "/run/wireguard", "/var/lib/lab", CONF_DIR, BIN_DIR]
         {
             let folder = on_host(folder);
             fs::create_dir_all(&folder).map_err(file_error("make", &folder))?;

@@ -1,5 +1,6 @@
 //! Handles on the nodes and pods of a lab.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
@@ -8,6 +9,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use gambeson_mesh::node::Transport;
 use ipnet::IpNet;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -15,7 +17,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use gambeson::status::Status;
 
 use super::api::access::token;
-use super::daemon::{self, AGENT_LOG, SECRET, TOKEN};
+use super::daemon::{self, AGENT_LOG, NET_CONF, SECRET, TOKEN};
 use super::error::{LabError, LogTail, file_error};
 use super::instance::{INTERRUPTED, Lab, end};
 use super::layout::{NodeIndex, PodIndex, hub_netns};
@@ -24,6 +26,7 @@ use super::network::{hub_port, ip};
 use super::probe::ping::{Echo, Pinger};
 use super::process::ProcessId;
 use super::state::write_atomically;
+use super::transports::net_conf;
 use super::wait::until;
 
 /// Folder of the userspace devices' sockets, as seen on the node.
@@ -133,6 +136,12 @@ impl<'a> Node<'a> {
         let secret = std::fs::read_to_string(&secret).map_err(file_error("read", secret))?;
         let token = token(&secret, node, lifetime);
         write_atomically(&self.host_path(Path::new(TOKEN)), token.as_bytes())
+    }
+
+    /// Tells the agent, which may be running, which transports it accepts from now on.
+    pub fn set_transports(&self, transports: &BTreeSet<Transport>) -> Result<(), LabError> {
+        let path = self.host_path(Path::new(NET_CONF));
+        write_atomically(&path, net_conf(transports).as_bytes())
     }
 
     /// What the agent has logged so far.

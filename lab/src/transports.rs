@@ -1,9 +1,10 @@
-//! What agents are told with `--transports`.
+//! Which transports agents are told to accept.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use gambeson_mesh::node::Transport;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::options::OptionsError;
 
@@ -30,15 +31,11 @@ impl Transports {
     pub fn parse(arguments: &[String]) -> Result<Self, OptionsError> {
         let mut transports = Self::default();
         for argument in arguments {
-            let list = |text: &str| {
-                let list: Option<_> = text.split(',').map(Transport::parse).collect();
-                list.ok_or_else(|| OptionsError::Transports(argument.clone()))
-            };
             match argument.split_once('=') {
                 Some((node, text)) => {
-                    transports.by_node.insert(node.to_owned(), list(text)?);
+                    transports.by_node.insert(node.to_owned(), Self::list(text)?);
                 }
-                None => transports.default = list(argument)?,
+                None => transports.default = Self::list(argument)?,
             }
         }
         Ok(transports)
@@ -49,10 +46,19 @@ impl Transports {
         self.by_node.get(node).unwrap_or(&self.default)
     }
 
-    /// The argument of this node's agent.
-    pub(super) fn argument(&self, node: &str) -> String {
-        self.of(node).iter().map(|transport| transport.as_str()).collect::<Vec<_>>().join(",")
+    /// A list such as `wireguard,vxlan`.
+    ///
+    /// # Errors
+    /// [`OptionsError::Transports`].
+    pub fn list(text: &str) -> Result<BTreeSet<Transport>, OptionsError> {
+        let list: Option<_> = text.split(',').map(Transport::parse).collect();
+        list.ok_or_else(|| OptionsError::Transports(text.to_owned()))
     }
+}
+
+/// The net-conf.json of a node that accepts these.
+pub(super) fn net_conf(transports: &BTreeSet<Transport>) -> String {
+    json!({ "Backend": { "Type": "wireguard", "Transports": transports } }).to_string()
 }
 
 #[cfg(test)]
@@ -63,9 +69,13 @@ mod tests {
     fn lists_are_for_all_or_for_one() {
         let arguments = ["vxlan,wireguard", "node-2=host-gw"].map(str::to_owned);
         let transports = Transports::parse(&arguments).unwrap();
-        assert_eq!(transports.argument("node-1"), "wireguard,vxlan");
-        assert_eq!(transports.argument("node-2"), "host-gw");
-        assert_eq!(Transports::parse(&[]).unwrap().argument("node-1"), "wireguard");
+        let both = BTreeSet::from([Transport::Wireguard, Transport::Vxlan]);
+        assert_eq!(transports.of("node-1"), &both);
+        assert_eq!(transports.of("node-2"), &BTreeSet::from([Transport::HostGw]));
+        let default = Transports::parse(&[]).unwrap();
+        assert_eq!(default.of("node-1"), &BTreeSet::from([Transport::Wireguard]));
+        let said = r#"{"Backend":{"Transports":["wireguard","vxlan"],"Type":"wireguard"}}"#;
+        assert_eq!(net_conf(&both), said);
         for wrong in ["", "pigeon", "node-1=", "wireguard;vxlan"] {
             assert!(Transports::parse(&[wrong.to_owned()]).is_err(), "{wrong}");
         }

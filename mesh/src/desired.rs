@@ -252,7 +252,7 @@ pub enum NextHop {
     Vtep {
         /// Our own VXLAN device.
         device: DeviceName,
-        /// Base address of the peer's pod CIDR.
+        /// Base address of the peer's IPv4 pod CIDR, or the link-local one of its device.
         gateway: IpAddr,
     },
     /// In clear to another node on the same link.

@@ -5,6 +5,7 @@
 //! kernel, and gets back the ordered actions that turn one into the other.
 #![forbid(unsafe_code)]
 
+pub mod changeover;
 pub mod desired;
 pub mod family;
 #[cfg(test)]

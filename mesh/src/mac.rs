@@ -1,7 +1,7 @@
 //! Link-layer addresses of VXLAN devices.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,13 @@ impl Mac {
             }
         };
         Self([LOCAL[0], LOCAL[1], a, b, c, d])
+    }
+
+    /// The IPv6 address that the device gives itself (RFC 4291, appendix A).
+    pub fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        let identifier = [a ^ 2, b, c, 0xff, 0xfe, d, e, f];
+        Ipv6Addr::from((0xfe80 << 112) | u128::from(u64::from_be_bytes(identifier)))
     }
 
     /// The address in these six bytes, if one device can have it.
@@ -91,6 +98,12 @@ mod tests {
         let mac: Mac = "0A:58:0a:f4:01:00".parse().unwrap();
         assert_eq!(mac.to_string(), "0a:58:0a:f4:01:00");
         assert_eq!(mac, Mac::of("10.244.1.0".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_device_gives_itself_an_address_as_the_kernel_does() {
+        let mac: Mac = "0a:58:0a:f4:01:00".parse().unwrap();
+        assert_eq!(mac.link_local().to_string(), "fe80::858:aff:fef4:100");
     }
 
     #[test]

@@ -173,6 +173,17 @@ impl Transport {
         Self::ALL.into_iter().find(|t| t.as_str() == name)
     }
 
+    /// The one that a route of ours leads through, if it leads anywhere.
+    pub fn of(next_hop: crate::desired::NextHop) -> Option<Self> {
+        use crate::desired::NextHop;
+        match next_hop {
+            NextHop::Device(_) => Some(Self::Wireguard),
+            NextHop::Vtep { .. } => Some(Self::Vxlan),
+            NextHop::Node { .. } => Some(Self::HostGw),
+            NextHop::Unreachable => None,
+        }
+    }
+
     /// Whether nobody on the underlay can read what it carries.
     pub fn is_encrypted(self) -> bool {
         self == Self::Wireguard

@@ -26,11 +26,16 @@ pub fn transport(local: &Local, node: &Node) -> Result<Transport, Refusal> {
 /// Every transport that the pair may use, best first.
 fn usable<'a>(local: &'a Local, node: &'a Node) -> impl Iterator<Item = Transport> + 'a {
     let common = local.transports.intersection(&node.transports).copied();
-    common.filter(|transport| match transport {
+    common.filter(|transport| is_possible(local, node, *transport))
+}
+
+/// Whether a transport would work for the pair, listed or not.
+pub fn is_possible(local: &Local, node: &Node, transport: Transport) -> bool {
+    match transport {
         Transport::Wireguard => node.endpoints.reachable_from(local.endpoints).is_some(),
         Transport::HostGw => is_on_link(local, node),
         Transport::Vxlan => Family::ALL.into_iter().any(|family| has_vteps(local, node, family)),
-    })
+    }
 }
 
 /// The underlay family of the VXLAN device that carries pods of `family`: the same family

@@ -37,7 +37,7 @@ use crate::cluster::{
     AdmissionTest, Backoff, Connector, EventWriter, NodeStore, NodeWatch, Publication, Publisher,
     Recorder,
 };
-use crate::config::{Config, NodeIdentity, Options};
+use crate::config::{Config, NodeIdentity, Options, Reading};
 use crate::http::{self, Reconciles};
 use crate::rounds::Rounds;
 use crate::status::{self, Admission, Source, Status};
@@ -118,6 +118,15 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         });
     }
     let cluster = Cluster::start(&mut tasks, connector, &config, &node);
+    let first = Reading { backend: config.backend, problem: None };
+    let (read, net_conf) = watch::channel(first);
+    tasks.spawn("net-conf.json", async move {
+        match config.net_conf {
+            Some(file) => file.run(read).await,
+            // The sender lives on: nothing ever changes.
+            None => std::future::pending().await,
+        }
+    });
     let (devices, devices_left) = watch::channel(None);
     let (device_changes, devices_changed) = watch::channel(0);
     tasks.spawn("device watch", device_watch::watch(devices_left, device_changes));
@@ -129,6 +138,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         kernel_events,
         devices,
         devices_changed,
+        net_conf,
         asked,
         status,
         reconciles,
@@ -246,6 +256,7 @@ struct Agent {
     /// What the last pass left behind, to be watched.
     devices: watch::Sender<Devices>,
     devices_changed: watch::Receiver<u64>,
+    net_conf: watch::Receiver<Reading>,
     asked: mpsc::Receiver<oneshot::Sender<()>>,
     status: watch::Sender<Status>,
     reconciles: Reconciles,
@@ -326,6 +337,10 @@ impl Agent {
                     debug_assert!(changed.is_ok(), "the watch never ends");
                     Wake::Look(Cause::Wanted, None)
                 }
+                changed = self.net_conf.changed() => {
+                    debug_assert!(changed.is_ok(), "the task never ends");
+                    Wake::Look(Cause::Wanted, None)
+                }
                 Some(answer) = self.asked.recv() => Wake::Look(Cause::Wanted, Some(answer)),
                 event = self.kernel_events.changed(), if pending.is_none() => {
                     if let Err(error) = event {
@@ -361,6 +376,8 @@ impl Agent {
     async fn pass(&mut self, cause: Cause, fresh: bool) -> Result<(), AgentError> {
         let started = Instant::now();
         self.cluster.changes.mark_unchanged();
+        let Reading { backend, problem } = self.net_conf.borrow_and_update().clone();
+        self.reconciler.set_backend(backend);
         let Cluster { store, publication, .. } = &self.cluster;
         let pass = self.reconciler.pass(&self.node, store, publication);
         let pass = match timeout(LONGEST_PASS, pass).await {
@@ -373,7 +390,9 @@ impl Agent {
         self.reporter.set_guard_seen_whole(self.reconciler.guard_seen_whole());
         self.reporter.set_admission(*self.cluster.admission.borrow_and_update());
         let now = Instant::now();
-        let report = self.reporter.report(&pass, &self.cluster.troubles(), now);
+        let mut troubles = self.cluster.troubles();
+        troubles.extend(problem);
+        let report = self.reporter.report(&pass, &troubles, now);
         self.status.send_replace(report);
         self.rounds.went_round();
         self.reconciles.record(now.duration_since(started), pass.problems.len());
@@ -389,6 +408,7 @@ impl Agent {
             return self.retry.wait();
         }
         self.retry.reset();
-        if !pass.changes.is_empty() { VERIFY } else { RESYNC }
+        let pause = if pass.changes.is_empty() { RESYNC } else { VERIFY };
+        pass.again.map_or(pause, |again| again.min(pause))
     }
 }

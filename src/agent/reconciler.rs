@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
+use gambeson_mesh::changeover::{Changeover, Changes, is_announced};
 use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop};
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, annotation, pod_cidrs};
 use gambeson_mesh::observed::{Observed, ObservedLink};
@@ -24,7 +25,7 @@ use crate::apply::{ApplyError, Kernel};
 use crate::cluster::{NodeStore, Publication};
 use crate::cni::link::Places;
 use crate::cni::versions;
-use crate::config::{Config, WireGuardMode};
+use crate::config::{Backend, Config, WireGuardMode};
 use crate::subnet_env::SubnetEnv;
 use crate::underlay::{self, Families, Underlay};
 
@@ -44,6 +45,7 @@ pub(super) struct Reconciler {
     keys: Option<KeyRing>,
     implementation: Option<Implementation>,
     topology: Topology,
+    changeover: Changeover,
     /// Whether the topology knows what a former agent left in the kernel.
     recovered: bool,
     underlay: Option<Underlay>,
@@ -70,6 +72,8 @@ pub(super) struct Pass {
     pub(super) advice: Vec<String>,
     /// Whether pods may be started.
     pub(super) ready: bool,
+    /// How soon another is to follow, when time alone is waited for.
+    pub(super) again: Option<Duration>,
 }
 
 /// The state of a pass that had everything it needs.
@@ -111,6 +115,7 @@ impl Reconciler {
             keys: None,
             implementation: None,
             topology: Topology::new(),
+            changeover: Changeover::default(),
             recovered: false,
             underlay: None,
             pod_cidrs: None,
@@ -119,17 +124,25 @@ impl Reconciler {
         }
     }
 
-    /// Installs the guard and the fail-closed routes, whatever is there: nothing is read, and
-    /// nothing needed but the cluster networks.
+    /// Installs the guard and the fail-closed routes, whatever is there: nothing is needed but
+    /// the cluster networks.
     pub(super) async fn shut(&mut self) -> Result<(), AgentError> {
-        let local = self.local("", BTreeSet::new(), &Underlay::unknown());
-        let desired = transport::desired(&Mesh::default(), &local);
+        let desired = self.closed().await;
         let mut pass = Pass::default();
         self.execute(&Plan::fail_closed(&desired), &mut pass).await?;
         for problem in pass.problems {
             warn!(error = problem, "not closed yet, will be tried again");
         }
         Ok(())
+    }
+
+    /// From the next pass on, packets may travel so.
+    pub(super) fn set_backend(&mut self, backend: Backend) {
+        if self.config.backend != backend {
+            let transports = backend.transports.iter().map(|transport| transport.as_str());
+            info!(transports = transports.collect::<Vec<_>>().join(","), "net-conf.json changed");
+            self.config.backend = backend;
+        }
     }
 
     /// Reads the keys of this node, if it has any yet.
@@ -148,12 +161,22 @@ impl Reconciler {
         self.kernel.guard_seen_whole()
     }
 
+    /// What there should be while the Nodes are not known. What a former agent sends in clear
+    /// goes on where this one's options allow it as well.
+    async fn closed(&mut self) -> Desired {
+        let local = self.local("", BTreeSet::new(), &Underlay::unknown());
+        let mut desired = transport::desired(&Mesh::default(), &local, &Changes::new());
+        if local.transports.iter().any(|transport| !transport.is_encrypted()) {
+            desired.ruleset.plaintext = self.kernel.in_clear(&local.transports).await;
+        }
+        desired
+    }
+
     /// Brings up only what stops packets: the guard and the fail-closed routes. Devices and
     /// routes to peers stay exactly as they are, for as long as the Nodes are not known.
     pub(super) async fn close(&mut self) -> Result<Pass, AgentError> {
         let mut pass = Pass { ready: self.ready, ..Pass::default() };
-        let local = self.local("", BTreeSet::new(), &Underlay::unknown());
-        let desired = transport::desired(&Mesh::default(), &local);
+        let desired = self.closed().await;
         let observed = match self.observe().await {
             Err(error) if self.is_passing(&error) => {
                 pass.problems.push(chain(&error));
@@ -207,7 +230,11 @@ impl Reconciler {
             Some(_) => self.topology.resolve(&local, store.nodes().records()),
             None => self.topology.recovered(),
         };
-        let desired = transport::desired(&mesh, &local);
+        let now = Instant::now();
+        let announced = inputs.own.as_ref().is_some_and(|own| is_announced(&local, own));
+        let changes = self.changeover.follow(&mesh, &local, &observed, announced, now);
+        pass.again = self.changeover.next_look(now);
+        let desired = transport::desired(&mesh, &local, &changes);
         let plan = Plan::new(&desired, &observed);
         self.check_foreign(&plan, &mut pass)?;
         self.check_ports(&desired, &observed)?;
@@ -221,7 +248,7 @@ impl Reconciler {
         match &inputs.own {
             Some(_) => {
                 let annotations = local.annotations();
-                let encrypted = !desired.routes.values().any(|route| route.next_hop.is_in_clear());
+                let encrypted = desired.ruleset.plaintext.is_empty();
                 let network_up = self.ready;
                 publish(publication, Publication { annotations, network_up, encrypted });
             }
@@ -401,7 +428,7 @@ impl Reconciler {
         Local {
             name: node.to_owned(),
             prefix: config.prefix.clone(),
-            vxlan: config.vxlan,
+            vxlan: config.backend.vxlan,
             vteps: Local::default_vteps(&pod_cidrs, underlay.endpoints),
             on_link: BTreeSet::new(),
             pod_cidrs,
@@ -413,7 +440,7 @@ impl Reconciler {
             underlay_index: underlay.index,
             underlay_mtu: config.mtu.map_or(underlay.mtu, |mtu| mtu.min(underlay.mtu)),
             implementation: self.implementation.unwrap_or(Implementation::Kernel),
-            transports: config.transports.clone(),
+            transports: config.backend.transports.clone(),
             bridge: config.bridge.clone(),
             masquerade: config.ip_masq,
         }
@@ -425,7 +452,7 @@ impl Reconciler {
         if let Some(decided) = self.implementation {
             return Ok(decided);
         }
-        if !self.config.transports.contains(&Transport::Wireguard) {
+        if !self.config.backend.transports.contains(&Transport::Wireguard) {
             return Ok(Implementation::Kernel);
         }
         let running = observed.links.values().filter(|link| link.is_ours()).find_map(|link| {

@@ -327,12 +327,6 @@ fn path(node: &Node, view: &View) -> Option<(Transport, NextHop)> {
     node.pod_cidrs.iter().find_map(|destination| {
         let key = RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };
         let next_hop = view.desired.routes.get(&key)?.next_hop;
-        let transport = match next_hop {
-            NextHop::Device(_) => Transport::Wireguard,
-            NextHop::Vtep { .. } => Transport::Vxlan,
-            NextHop::Node { .. } => Transport::HostGw,
-            NextHop::Unreachable => return None,
-        };
-        Some((transport, next_hop))
+        Some((Transport::of(next_hop)?, next_hop))
     })
 }

@@ -3,13 +3,17 @@
 use std::ffi::CStr;
 use std::io;
 
+use gambeson_mesh::family::Family;
+use gambeson_mesh::session::DeviceName;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{AsyncSocket, AsyncSocketExt, TokioSocket};
 use nix::libc::{
-    ENOBUFS, RT_TABLE_MAIN, RTM_DELROUTE, RTM_NEWROUTE, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_NETCONF,
-    RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_NETCONF,
-    RTNLGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE, RTNLGRP_LINK,
+    ENOBUFS, RT_TABLE_MAIN, RTM_DELNEIGH, RTM_DELROUTE, RTM_NEWNEIGH, RTM_NEWROUTE,
+    RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE,
+    RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_NETCONF, RTNLGRP_IPV6_ROUTE, RTNLGRP_IPV6_RULE, RTNLGRP_LINK,
+    RTNLGRP_NEIGH,
 };
+use nix::net::if_::if_nametoindex;
 
 use super::netlink::{attributes, split_message};
 use super::{ApplyError, nfnetlink};
@@ -20,6 +24,8 @@ const NFTABLES_GROUP: u32 = 7;
 const BUFFER_BYTES: usize = 64 << 10;
 /// Place of `rtm_table` in a route message: after the netlink header and four bytes.
 const RTM_TABLE: usize = 16 + 4;
+/// Place of `ndm_ifindex` in a neighbour message: after the netlink header and four bytes.
+const NDM_IFINDEX: std::ops::Range<usize> = 16 + 4..16 + 8;
 /// The attribute that names the table, in every kind of nftables message.
 const NFT_TABLE_NAME: u16 = 1;
 /// `NFT_MSG_NEWCHAIN` of linux/netfilter/nf_tables.h, and the attribute that only base chains
@@ -31,7 +37,7 @@ const RULE_CHAIN: u16 = 2;
 const FORWARD_CHAINS: [&CStr; 2] = [c"FORWARD", c"GAMBESON-FWD"];
 const OUR_TABLE: &CStr = c"gambeson";
 
-/// Changes of links, addresses, routes, per-device settings and nftables in the network
+/// Changes of links, addresses, routes, neighbours, per-device settings and nftables in the network
 /// namespace of the thread that subscribed, whoever made them: ours come back too.
 pub struct Events {
     route: TokioSocket,
@@ -61,6 +67,7 @@ impl Events {
             RTNLGRP_IPV6_NETCONF,
             RTNLGRP_IPV4_RULE,
             RTNLGRP_IPV6_RULE,
+            RTNLGRP_NEIGH,
         ];
         let route = join(NETLINK_ROUTE, &groups)
             .map_err(|source| ApplyError::Subscribe { what: "network", source })?;
@@ -123,12 +130,16 @@ fn concerns_us(result: io::Result<()>, mut bytes: &[u8]) -> Result<bool, ApplyEr
 }
 
 /// Leaves out what a busy node does all the time: rules in other tables of nftables (kube-proxy) and
-/// of routes (routing daemons). Everything else is relevant.
+/// of routes (routing daemons), neighbours of other links. Everything else is relevant.
 fn is_relevant(message: &[u8]) -> bool {
     let kind = message.get(4..6).map_or(0, |b| u16::from_ne_bytes([b[0], b[1]]));
     match (kind, kind >> 8) {
         (RTM_NEWROUTE | RTM_DELROUTE, _) => {
             message.get(RTM_TABLE).is_none_or(|table| *table == RT_TABLE_MAIN)
+        }
+        (RTM_NEWNEIGH | RTM_DELNEIGH, _) => {
+            let index = message.get(NDM_IFINDEX).and_then(|bytes| bytes.try_into().ok());
+            index.is_none_or(|index| is_vxlan_of_ours(u32::from_ne_bytes(index)))
         }
         (_, subsystem) if subsystem == u16::from(nfnetlink::NFTABLES) => {
             let body = message.get(nfnetlink::HEADER_BYTES..).unwrap_or_default();
@@ -142,6 +153,12 @@ fn is_relevant(message: &[u8]) -> bool {
         }
         _ => true,
     }
+}
+
+/// By its name: whose it is, the pass that follows sees.
+fn is_vxlan_of_ours(index: u32) -> bool {
+    let devices = Family::ALL.into_iter().map(DeviceName::Vxlan);
+    devices.into_iter().any(|device| if_nametoindex(device.as_str()) == Ok(index))
 }
 
 fn join(protocol: isize, groups: &[u32]) -> io::Result<TokioSocket> {

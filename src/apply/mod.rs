@@ -24,6 +24,7 @@ use std::time::{Duration, SystemTime};
 
 use gambeson_keys::{KeyRing, PublicKey};
 use gambeson_mesh::desired::{Implementation, LinkKind, Ruleset, VtepTables, WireGuardDevice};
+use gambeson_mesh::node::Transport;
 use gambeson_mesh::observed::{ForwardDrop, Observed, ObservedLink, ObservedWireGuard};
 use gambeson_mesh::plan::{self, Action, Plan, WireGuardChange};
 use gambeson_mesh::session::DeviceName;
@@ -227,6 +228,19 @@ impl Kernel {
             }
         }
         on_link
+    }
+
+    /// What our routes lead to in clear by transports that are `allowed`, by the name of the link.
+    /// Nothing, when they cannot be read.
+    pub async fn in_clear(
+        &mut self,
+        allowed: &BTreeSet<Transport>,
+    ) -> BTreeMap<String, BTreeSet<IpNet>> {
+        let found = route::in_clear(&mut self.netlink, allowed).await;
+        found.unwrap_or_else(|error| {
+            tracing::debug!(%error, "the routes in clear cannot be read");
+            BTreeMap::new()
+        })
     }
 
     /// Whether a link of type `wireguard` can be made here: makes one under a temporary name

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use gambeson_mesh::desired::{NextHop, ROUTE_PROTOCOL, Route, RouteKey};
+use gambeson_mesh::node::Transport;
 use gambeson_mesh::observed::ForeignRoute;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
@@ -46,6 +47,35 @@ pub(super) async fn observe(
         }
     }
     Ok((routes, foreign))
+}
+
+/// Where our routes lead by transports that are `allowed` and in clear, and who is behind them,
+/// by the name of the link.
+pub(super) async fn in_clear(
+    netlink: &mut Netlink,
+    allowed: &BTreeSet<Transport>,
+) -> Result<BTreeMap<String, BTreeSet<IpNet>>, ApplyError> {
+    let mut devices = BTreeMap::new();
+    for device in DeviceName::all() {
+        if let Some(link) = link::find(netlink, device.as_str()).await?.filter(|link| link.ours) {
+            devices.insert(link.index, device);
+        }
+    }
+    let (routes, _) = observe(netlink, &devices, &BTreeSet::new()).await?;
+    let mut found: BTreeMap<String, BTreeSet<IpNet>> = BTreeMap::new();
+    for (key, route) in routes {
+        if !Transport::of(route.next_hop).is_some_and(|transport| allowed.contains(&transport)) {
+            continue;
+        }
+        let (link, gateway) = match route.next_hop {
+            NextHop::Vtep { device, .. } => (device.to_string(), None),
+            NextHop::Node { link, gateway } => (link::name(netlink, link).await?, Some(gateway)),
+            NextHop::Device(_) | NextHop::Unreachable => continue,
+        };
+        let behind = found.entry(link).or_default();
+        behind.extend(gateway.map(IpNet::from).into_iter().chain([key.destination]));
+    }
+    Ok(found)
 }
 
 /// The kernel's own choice for a destination, where there is one.

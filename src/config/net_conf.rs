@@ -23,7 +23,7 @@ const NEEDLESS: [&str; 7] = [
 ];
 
 /// What the file says.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct NetConf {
     /// `Network` and `IPv6Network` that are enabled, as given.
     pub(super) networks: Vec<String>,
@@ -31,24 +31,26 @@ pub(super) struct NetConf {
     pub(super) port: Option<u16>,
     /// `Backend.MTU`, before WireGuard takes its part, in bytes.
     pub(super) mtu: Option<u32>,
-    /// By `Backend.Type` and `DirectRouting`, or `Backend.Transports`, which is ours.
-    pub(super) transports: BTreeSet<Transport>,
-    /// `Backend.VNI`, `Port`, `Learning` and `GBP` of a VXLAN backend.
-    pub(super) vxlan: Vxlan,
+    /// How packets may travel.
+    pub(super) backend: Backend,
     /// Keys that this version does nothing with.
     pub(super) unknown: Vec<String>,
 }
 
-impl Default for NetConf {
+/// What of a net-conf.json can be changed while an agent runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backend {
+    /// Transports this node accepts, at least one: by `Backend.Type` and `DirectRouting`, or
+    /// `Backend.Transports`, which is ours.
+    pub transports: BTreeSet<Transport>,
+    /// What VXLAN devices are: `Backend.VNI`, `Port`, `Learning` and `GBP` of a VXLAN backend.
+    pub vxlan: Vxlan,
+}
+
+impl Default for Backend {
+    /// WireGuard alone.
     fn default() -> Self {
-        Self {
-            networks: Vec::new(),
-            port: None,
-            mtu: None,
-            transports: BTreeSet::from([Transport::Wireguard]),
-            vxlan: Vxlan::default(),
-            unknown: Vec::new(),
-        }
+        Self { transports: BTreeSet::from([Transport::Wireguard]), vxlan: Vxlan::default() }
     }
 }
 
@@ -95,17 +97,17 @@ impl NetConf {
         let takes = "give \"wireguard\", \"host-gw\" or \"vxlan\"";
         let transport = |value: &Value| Transport::parse(value.as_str()?);
         let kind = take(&mut backend, "Type", takes, transport)?.unwrap_or(Transport::Wireguard);
-        self.transports = BTreeSet::from([kind]);
-        if kind == Transport::Vxlan {
-            self.vxlan(&mut backend)?;
-        }
+        self.backend.transports = BTreeSet::from([kind]);
         let takes = "give a list such as [\"wireguard\", \"vxlan\"]";
         let list = |value: &Value| {
             let list: Option<BTreeSet<_>> = value.as_array()?.iter().map(transport).collect();
             list.filter(|list| !list.is_empty())
         };
         if let Some(transports) = take(&mut backend, "Transports", takes, list)? {
-            self.transports = transports;
+            self.backend.transports = transports;
+        }
+        if self.backend.transports.contains(&Transport::Vxlan) {
+            self.vxlan(&mut backend)?;
         }
         self.port = take(&mut backend, "ListenPort", "give a UDP port", port)?;
         let bytes = |value: &Value| u32::try_from(value.as_u64()?).ok();
@@ -119,13 +121,13 @@ impl NetConf {
     fn vxlan(&mut self, backend: &mut Map<String, Value>) -> Result<(), Wrong> {
         let vni = |value: &Value| u32::try_from(value.as_u64()?).ok().filter(|vni| vni >> 24 == 0);
         let takes = "give a number from 0 to 16777215";
-        let Vxlan { vni: default, port: default_port, .. } = self.vxlan;
+        let Vxlan { vni: default, port: default_port, .. } = self.backend.vxlan;
         let mut flag = |key| take(backend, key, "give true or false", Value::as_bool);
         let (learning, gbp) = (flag("Learning")?, flag("GBP")?);
         let direct = flag("DirectRouting")?.unwrap_or(false);
         // Flannel's for "route where there is no router in between, else VXLAN".
-        self.transports.extend(direct.then_some(Transport::HostGw));
-        self.vxlan = Vxlan {
+        self.backend.transports.extend(direct.then_some(Transport::HostGw));
+        self.backend.vxlan = Vxlan {
             vni: take(backend, "VNI", takes, vni)?.unwrap_or(default),
             // As in Flannel: the kernel's own default port.
             port: take(backend, "Port", "give a UDP port", port)?
@@ -205,7 +207,7 @@ mod tests {
             (json!({ "Type": "vxlan", "Transports": ["wireguard", "vxlan"] }), &[Wireguard, Vxlan]),
         ] {
             let conf = parse(json!({ "Backend": backend })).unwrap();
-            assert_eq!(conf.transports, transports.iter().copied().collect(), "{conf:?}");
+            assert_eq!(conf.backend.transports, transports.iter().copied().collect(), "{conf:?}");
             assert!(conf.unknown.is_empty(), "{conf:?}");
         }
         let backend = json!({
@@ -213,7 +215,7 @@ mod tests {
         });
         let conf = parse(json!({ "Backend": backend })).unwrap();
         let vxlan = self::Vxlan { vni: 4096, port: 4789, learning: true, gbp: true };
-        assert_eq!((conf.vxlan, conf.unknown), (vxlan, vec![]));
+        assert_eq!((conf.backend.vxlan, conf.unknown), (vxlan, vec![]));
     }
 
     #[test]

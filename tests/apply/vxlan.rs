@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use gambeson_keys::{Generation, PrivateKey};
+use gambeson_mesh::changeover::Changes;
 use gambeson_mesh::desired::{Desired, Implementation, Vxlan};
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport};
 use gambeson_mesh::plan::{Action, Plan};
@@ -62,7 +63,7 @@ fn records(others: &[Local]) -> BTreeMap<String, NodeRecord> {
 }
 
 fn desired(own: &Local, others: &[Local]) -> Desired {
-    transport::desired(&Topology::new().resolve(own, &records(others)), own)
+    transport::desired(&Topology::new().resolve(own, &records(others)), own, &Changes::new())
 }
 
 /// An underlay with this node's addresses.
@@ -105,7 +106,7 @@ fn vxlan_devices_are_made_as_they_should_be_and_repaired() {
         let route = sh("ip route get 10.244.2.7");
         assert!(route.contains("via 10.244.2.0 dev gambeson-vx4 src 10.244.1.0"), "{route}");
         let route = sh("ip -6 route get fd00:10:244:3::7");
-        assert!(route.contains("via fd00:10:244:3:: dev gambeson-vx6"), "{route}");
+        assert!(route.contains("via fe80::858:aff:fef4:300 dev gambeson-vx6"), "{route}");
         let table = sh("bridge fdb show dev gambeson-vx4");
         assert!(table.contains("0a:58:0a:f4:02:00 dst 192.0.2.2 self permanent"), "{table}");
 
@@ -182,7 +183,7 @@ fn host_gw_routes_are_put_where_the_kernel_needs_no_router() {
         let mesh = Topology::new().resolve(&own, &records(&others));
         let refused = mesh.refused["node-3"].to_string();
         assert!(refused.contains("from node-1 without a router"), "{refused}");
-        let desired = transport::desired(&mesh, &own);
+        let desired = transport::desired(&mesh, &own, &Changes::new());
         settle(&mut kernel, &desired, "from nothing").await;
         let route = sh("ip route get 10.244.2.7");
         assert!(route.contains("via 192.0.2.2 dev eth0"), "{route}");

@@ -75,6 +75,11 @@ pub(crate) fn fingerprint(node: Node<'_>) -> String {
         ip -o address show dev gambeson0 scope global 2>&1 | cut -d: -f2-
         ip route show proto 151 | sort; ip -6 route show proto 151 | sort
         ip rule show; ip -6 rule show
+        for vxlan in gambeson-vx4 gambeson-vx6; do
+            ip -d -o link show $vxlan 2>&1 | cut -d: -f2-
+            for family in -4 -6; do ip $family neigh show nud permanent dev $vxlan 2>&1; done
+            bridge fdb show dev $vxlan 2>&1 | sort
+        done
         nft -s list table inet gambeson 2>&1
         cd /proc/sys/net
         cat ipv4/ip_forward ipv6/conf/all/forwarding ipv4/conf/gambeson0/rp_filter 2>&1

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::*;
+use crate::changeover::Changes;
 use crate::desired::{Implementation, LinkKind, NextHop};
 use crate::fixtures::{key, local, net, record, records};
 use crate::node::{Local, NodeRecord};
@@ -13,7 +14,7 @@ use crate::transport;
 mod model;
 
 fn desired(local: &Local, others: &[NodeRecord]) -> Desired {
-    transport::desired(&Topology::new().resolve(local, &records(others)), local)
+    transport::desired(&Topology::new().resolve(local, &records(others)), local, &Changes::new())
 }
 
 /// The desired state of node 1 in a mesh of three, and the kernel that has it.
@@ -247,7 +248,8 @@ fn a_dead_tunnel_is_replaced_but_an_unreadable_kernel_device_is_set_again() {
     assert!(matches!(&actions[..], [Action::ConfigureWireGuard { .. }]), "{actions:?}");
 
     let userspace = Local { implementation: Implementation::Userspace, ..local(1, 0) };
-    let desired = transport::desired(&crate::topology::Mesh::default(), &userspace);
+    let desired =
+        transport::desired(&crate::topology::Mesh::default(), &userspace, &Changes::new());
     let mut observed = Observed::default();
     sim::apply(&Plan::new(&desired, &observed), &desired, &mut observed);
     observed.links.get_mut(&device(0)).unwrap().wireguard = None;

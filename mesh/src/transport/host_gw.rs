@@ -9,16 +9,20 @@ use ipnet::IpNet;
 use super::peer_route_mtu;
 use crate::desired::{Desired, NextHop, PEER_ROUTE_METRIC, Route, RouteKey};
 use crate::family::Family;
-use crate::node::{Local, Node};
+use crate::node::{Local, Node, Transport};
 use crate::pair;
 
 /// Lets packets to and from a peer's pods pass on the underlay interface, and answers to the
-/// peer itself, and routes to its pods.
-pub(super) fn reach(local: &Local, node: &Node, desired: &mut Desired) {
+/// peer itself.
+pub(super) fn admit(local: &Local, node: &Node, desired: &mut Desired) {
     let plaintext = desired.ruleset.plaintext.entry(local.underlay.clone()).or_default();
     plaintext.extend(&node.pod_cidrs);
     plaintext.extend(pair::next_hops(local, node).into_iter().flatten().map(IpNet::from));
-    let mtu = Some(peer_route_mtu(local, node));
+}
+
+/// Routes to a peer's pods.
+pub(super) fn route(local: &Local, node: &Node, desired: &mut Desired) {
+    let mtu = Some(peer_route_mtu(local, node).min(local.mtu_over(Transport::HostGw)));
     for destination in &node.pod_cidrs {
         let Some(gateway) = node.endpoints.get(Family::of_net(destination)) else { continue };
         let key = RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };

@@ -1,10 +1,11 @@
-//! `Mesh + Local -> Desired`. A transport is one pure file; here they come together.
+//! `Mesh + Local + Changes -> Desired`. A transport is one pure file; here they come together.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::changeover::{Change, Changes};
 use crate::desired::{
     Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteKey, Rule, RuleStep, Ruleset, Sysctl,
 };
@@ -27,8 +28,9 @@ const LOOPBACK: &str = "lo";
 const LOOSE: &str = "2";
 
 /// What this node should have: the guard, fail-closed routes and settings always, and each
-/// peer through its transport once this node has a key and a pod CIDR.
-pub fn desired(mesh: &Mesh, local: &Local) -> Desired {
+/// peer through its transport once this node has a key and a pod CIDR: both of its transports,
+/// while it changes.
+pub fn desired(mesh: &Mesh, local: &Local, changes: &Changes) -> Desired {
     let mut desired = Desired {
         routes: fail_closed(local),
         rules: rules(local),
@@ -38,17 +40,32 @@ pub fn desired(mesh: &Mesh, local: &Local) -> Desired {
     };
     vxlan::devices(local, &mut desired);
     for node in mesh.peers.values() {
-        // The others that a pair allows are shut: what is in clear could be forged.
-        match pair::transport(local, node) {
-            Ok(Transport::Wireguard) => wireguard::reach(mesh, local, node, &mut desired),
-            Ok(Transport::HostGw) => host_gw::reach(local, node, &mut desired),
-            Ok(Transport::Vxlan) => vxlan::reach(local, node, &mut desired),
-            Err(_) => {}
-        }
+        reach(mesh, local, node, changes.get(&node.name), &mut desired);
     }
     wireguard::first_device(local, &mut desired);
     device_settings(&mut desired);
     desired
+}
+
+/// Takes packets from a peer and sends packets to it. Transports that the pair allows and does
+/// not use are shut: what is in clear could be forged.
+fn reach(mesh: &Mesh, local: &Local, node: &Node, change: Option<&Change>, desired: &mut Desired) {
+    let Ok(transport) = pair::transport(local, node) else { return };
+    let change = change.copied();
+    let (old, new) = change.map_or((None, transport), |change| (Some(change.from), change.to));
+    let provoke = change.is_some_and(Change::awaits_handshake);
+    for transport in old.into_iter().chain([new]) {
+        match transport {
+            Transport::Wireguard => wireguard::admit(mesh, local, node, provoke, desired),
+            Transport::HostGw => host_gw::admit(local, node, desired),
+            Transport::Vxlan => vxlan::admit(local, node, desired),
+        }
+    }
+    match change.map_or(transport, Change::sends_by) {
+        Transport::Wireguard => wireguard::route(local, node, desired),
+        Transport::HostGw => host_gw::route(local, node, desired),
+        Transport::Vxlan => vxlan::route(local, node, desired),
+    }
 }
 
 fn ruleset(local: &Local) -> Ruleset {

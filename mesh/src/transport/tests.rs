@@ -17,7 +17,7 @@ fn accepting(i: u8, transports: &[Transport]) -> Local {
 
 fn desired_with(own: &Local, others: &[Local]) -> Desired {
     let others: Vec<_> = others.iter().map(record).collect();
-    desired(&Topology::new().resolve(own, &records(&others)), own)
+    desired(&Topology::new().resolve(own, &records(&others)), own, &Changes::new())
 }
 
 fn route_to<'a>(desired: &'a Desired, destination: &str) -> Option<&'a Route> {
@@ -37,7 +37,14 @@ fn a_vxlan_peer_is_behind_its_device_and_its_endpoint() {
     let mac = Mac::of(ip("10.244.2.0"));
     for (device, cidr, gateway, node, source, mtu) in [
         (VX4, "10.244.2.0/24", "10.244.2.0", "192.168.240.2", "10.244.1.0", 1430),
-        (VX6, "fd00:10:244:2::/64", "fd00:10:244:2::", "fd00:240::2", "fd00:10:244:1::", 1430),
+        (
+            VX6,
+            "fd00:10:244:2::/64",
+            "fe80::858:aff:fef4:200",
+            "fd00:240::2",
+            "fd00:10:244:1::",
+            1430,
+        ),
     ] {
         let vtep = &desired.vteps[&device];
         assert_eq!(vtep.link.local, own.endpoints.get(Family::of(ip(node))).unwrap());

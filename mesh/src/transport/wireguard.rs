@@ -19,21 +19,22 @@ use crate::topology::Mesh;
 #[cfg(test)]
 mod tests;
 
-/// Adds a peer to the devices of its sessions, and routes to its pods.
-pub(super) fn reach(mesh: &Mesh, local: &Local, node: &Node, desired: &mut Desired) {
-    admit(mesh, local, node, desired);
-    route(local, node, desired);
-}
+/// Seconds between keepalives where a handshake is wanted and nothing else is sent.
+const PROVOKING: u16 = 1;
 
 /// Adds a peer to the devices of its sessions, which are made when they are first needed.
-fn admit(mesh: &Mesh, local: &Local, node: &Node, desired: &mut Desired) {
+/// `provoke` asks for a handshake before there are packets to send.
+pub(super) fn admit(mesh: &Mesh, local: &Local, node: &Node, provoke: bool, desired: &mut Desired) {
     if local.pod_cidrs.is_empty() {
         return;
     }
     for own in local.keys.keys() {
         for (theirs, key) in keys(node) {
             let session = Session::between(*own, theirs);
-            let Some(peer) = peer(mesh, local, node, session) else { continue };
+            let Some(mut peer) = peer(mesh, local, node, session) else { continue };
+            if provoke {
+                peer.persistent_keepalive = Some(PROVOKING);
+            }
             let Some(device) = device(local, *own, session, desired) else { continue };
             device.peers.insert(key, peer);
         }
@@ -89,13 +90,11 @@ fn peer(mesh: &Mesh, local: &Local, node: &Node, session: Session) -> Option<Wir
 }
 
 /// Routes to a peer's pods, for the families in which this node has an address to answer to.
-fn route(local: &Local, node: &Node, desired: &mut Desired) {
+pub(super) fn route(local: &Local, node: &Node, desired: &mut Desired) {
     let Some((current, _)) = local.current_key() else { return };
     let device = Session::between(current, node.generation).device();
-    if !desired.devices.contains_key(&device) {
-        return;
-    }
-    let mtu = peer_route_mtu(local, node);
+    let Some(link) = desired.devices.get(&device) else { return };
+    let mtu = peer_route_mtu(local, node).min(link.mtu);
     for destination in &node.pod_cidrs {
         let Some(source) = source(&local.pod_cidrs, destination) else { continue };
         let key = RouteKey { destination: *destination, metric: PEER_ROUTE_METRIC };

@@ -197,7 +197,7 @@ fn any_desired() -> impl Strategy<Value = Desired> {
             let others: Vec<_> = others.collect();
             let mut mesh = Topology::new().resolve(&own, &records(&others));
             mesh.persistent_keepalive = keepalive;
-            transport::desired(&mesh, &own)
+            transport::desired(&mesh, &own, &Changes::new())
         })
 }
 
@@ -331,7 +331,7 @@ proptest! {
     #[test]
     fn a_node_without_pod_cidr_has_a_guard_and_no_device(before in any_observed()) {
         let own = Local { pod_cidrs: BTreeSet::new(), ..local(1, 0) };
-        let desired = transport::desired(&Mesh::default(), &own);
+        let desired = transport::desired(&Mesh::default(), &own, &Changes::new());
         prop_assert!(desired.devices.is_empty());
         prop_assert_eq!(desired.routes.len(), 2);
         let mut after = before.clone();

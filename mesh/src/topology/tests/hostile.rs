@@ -4,6 +4,7 @@ use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 
 use super::*;
+use crate::changeover::Changes;
 use crate::observed::Observed;
 use crate::plan::Plan;
 use crate::transport;
@@ -73,7 +74,7 @@ proptest! {
                 prop_assert!(message.len() < 2_000);
                 prop_assert!(!message.chars().any(char::is_control));
             }
-            let desired = transport::desired(&mesh, &own);
+            let desired = transport::desired(&mesh, &own, &Changes::new());
             for device in desired.devices.values() {
                 let mut owned = std::collections::BTreeSet::new();
                 for prefix in device.peers.values().flat_map(|peer| &peer.allowed_ips) {

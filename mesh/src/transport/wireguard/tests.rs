@@ -3,6 +3,7 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
+use crate::changeover::Changes;
 use crate::desired::{FAIL_CLOSED_METRIC, Implementation, Sysctl};
 use crate::fixtures::{key, local, net, record, records};
 use crate::node::NodeRecord;
@@ -11,7 +12,7 @@ use crate::topology::Topology;
 use crate::transport;
 
 fn desired(local: &Local, others: &[NodeRecord]) -> Desired {
-    transport::desired(&Topology::new().resolve(local, &records(others)), local)
+    transport::desired(&Topology::new().resolve(local, &records(others)), local, &Changes::new())
 }
 
 fn device_name(number: u8) -> DeviceName {
