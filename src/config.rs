@@ -25,6 +25,8 @@ pub use net_conf_watch::{NetConfWatch, Reading};
 use crate::cni::DEFAULT_BRIDGE;
 use crate::underlay::Choice;
 
+/// Private keys of a node.
+pub const DEFAULT_KEY_FILE: &str = "/var/lib/gambeson/keys.json";
 /// Where the agent answers `gambeson status`.
 pub const DEFAULT_SOCKET: &str = "/run/gambeson/agent.sock";
 
@@ -173,7 +175,7 @@ pub struct Options {
         long,
         env = "GAMBESON_KEY_FILE",
         value_name = "FILE",
-        default_value = "/var/lib/gambeson/keys.json"
+        default_value = DEFAULT_KEY_FILE
     )]
     pub key_file: PathBuf,
 

@@ -29,7 +29,7 @@ fn change(lab: &Lab, node: &str, list: &str, expected: &str) {
     }
 }
 
-fn moved(node: Node<'_>, expected: &str) {
+pub(crate) fn moved(node: Node<'_>, expected: &str) {
     status_when(node, &format!("uses {expected}"), |status| {
         status.peers.iter().all(|peer| peer.transport == expected) && status.errors.is_empty()
     });

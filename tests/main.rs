@@ -13,6 +13,7 @@ mod chart;
 mod cni;
 mod common;
 mod container;
+mod fail_closed;
 mod hostile;
 mod image;
 mod kernel;

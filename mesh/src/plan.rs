@@ -128,6 +128,18 @@ impl Plan {
         Self { actions, ..Self::default() }
     }
 
+    /// Everything of ours that there is goes; of what is fail-closed only with `walls`.
+    pub fn removal(observed: &Observed, walls: bool) -> Self {
+        let routes = observed.routes.iter();
+        let routes = routes.filter(|(_, route)| walls || route.next_hop != NextHop::Unreachable);
+        let ours = observed.links.iter().filter(|(_, link)| link.ours && link.kind.is_some());
+        let rules = observed.rules.iter().filter(|_| walls);
+        let actions = routes.map(|(key, _)| Action::DeleteRoute(*key));
+        let actions = actions.chain(ours.map(|(device, _)| Action::DeleteLink(*device)));
+        let actions = actions.chain(rules.map(|rule| Action::DeleteRule(*rule))).collect();
+        Self { actions, ..Self::default() }
+    }
+
     /// Whether nothing is left to do.
     pub fn is_empty(&self) -> bool {
         self.actions.is_empty()

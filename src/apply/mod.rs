@@ -213,6 +213,17 @@ impl Kernel {
         nft::drops().await
     }
 
+    /// Removes the guard, and rules of ours in other firewalls. Gives what was there.
+    ///
+    /// # Errors
+    /// What `nft` failed with.
+    pub async fn remove_firewall(&mut self) -> Result<Vec<String>, ApplyError> {
+        self.ruleset = None;
+        let mut removed = nft::remove_forwarded().await?;
+        removed.extend(nft::remove().await?);
+        Ok(removed)
+    }
+
     /// When the guard's table was last seen to be exactly what was written.
     pub fn guard_seen_whole(&self) -> Option<SystemTime> {
         self.guard_whole

@@ -9,6 +9,7 @@ mod lab;
 mod status;
 mod tunnel;
 mod tunnel_supervisor;
+mod uninstall;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,7 @@ enum Command {
     Lab(lab::Args),
     Status(status::Args),
     TunnelSupervisor(tunnel_supervisor::Args),
+    Uninstall(uninstall::Args),
 }
 
 /// Whoever started this process may have blocked signals, and a mask is inherited.
@@ -60,6 +62,7 @@ pub fn main() -> ExitCode {
         Command::Lab(args) => lab::run(&args),
         Command::Status(args) => status::run(args),
         Command::TunnelSupervisor(args) => tunnel_supervisor::run(&args),
+        Command::Uninstall(args) => uninstall::run(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -56,6 +56,15 @@ pub enum InstallError {
         #[source]
         source: io::Error,
     },
+    /// A file cannot be removed.
+    #[error("cannot remove {}: check that its folder is mounted writable", path.display())]
+    Remove {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// There is a configuration that cannot be read, or cannot work.
     #[error("{}: {problem}", path.display())]
     Conflist {

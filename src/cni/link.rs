@@ -55,6 +55,28 @@ impl Places {
     }
 }
 
+impl Places {
+    /// Takes away what [`Places::hand_over`] has put in place, but for what an operator added,
+    /// and gives the paths. What somebody else has put in its place stays.
+    ///
+    /// # Errors
+    /// [`InstallError::Remove`].
+    pub fn take_back(&self) -> Result<impl Iterator<Item = PathBuf>, InstallError> {
+        let link = self.conf_dir.join(CONFLIST_NAME);
+        let target = self.run_dir.join(CONFLIST_NAME);
+        let leads_there = fs::read_link(&link).is_ok_and(|found| found == target);
+        let mut removed = Vec::new();
+        for path in leads_there.then_some(link).into_iter().chain([target]) {
+            match fs::remove_file(&path) {
+                Ok(()) => removed.push(path),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => return Err(InstallError::Remove { path, source }),
+            }
+        }
+        Ok(removed.into_iter())
+    }
+}
+
 /// The contents of the first of these that is there.
 fn first_of(paths: &[&Path]) -> io::Result<Option<Vec<u8>>> {
     for path in paths {
@@ -126,6 +148,20 @@ mod tests {
         fs::remove_dir_all(&places.run_dir).unwrap();
         places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap();
         assert_eq!(read(&link), expected);
+    }
+
+    #[test]
+    fn what_was_handed_over_can_be_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let places = places(folder.path());
+        let link = places.conf_dir.join(CONFLIST_NAME);
+        places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap();
+        assert_eq!(places.take_back().unwrap().count(), 2);
+        assert!(!link.is_symlink() && !places.run_dir.join(CONFLIST_NAME).exists());
+        assert_eq!(places.take_back().unwrap().count(), 0);
+        fs::write(&link, "{}").unwrap();
+        assert_eq!(places.take_back().unwrap().count(), 0);
+        assert!(link.exists(), "it is somebody else's");
     }
 
     #[test]

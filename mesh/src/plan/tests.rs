@@ -226,6 +226,22 @@ fn foreign_routes_that_win_over_ours_are_named() {
 }
 
 #[test]
+fn a_removal_leaves_the_walls_unless_it_is_told_otherwise() {
+    let (desired, settled) = settled();
+    for (walls, left) in [(false, (2, 4)), (true, (0, 0))] {
+        let mut observed = settled.clone();
+        sim::apply(&Plan::removal(&observed, walls), &desired, &mut observed);
+        assert!(observed.links.is_empty());
+        assert_eq!((observed.routes.len(), observed.rules.len()), left);
+        assert!(observed.routes.values().all(|route| route.next_hop == NextHop::Unreachable));
+    }
+    let mut foreign = settled.clone();
+    foreign.links.get_mut(&device(0)).unwrap().ours = false;
+    let actions = Plan::removal(&foreign, true).actions;
+    assert!(!actions.contains(&Action::DeleteLink(device(0))));
+}
+
+#[test]
 fn another_implementation_means_another_link() {
     let (_, settled) = settled();
     let userspace = Local { implementation: Implementation::Userspace, ..local(1, 0) };

@@ -62,6 +62,29 @@ pub(in crate::apply) async fn accept(
     run(&["-f", "-"], Some(&text), "accept forwarded packets in table filter").await.map(|_| ())
 }
 
+/// Removes our chains and what leads to them, and names them.
+pub(in crate::apply) async fn remove() -> Result<Vec<String>, ApplyError> {
+    let mut removed = Vec::new();
+    for family in ["ip", "ip6"] {
+        if list(family, OURS).await?.is_none() {
+            continue;
+        }
+        let mut text = String::new();
+        if let Some(forward) = list(family, FORWARD).await? {
+            let ours =
+                objects(&forward).filter(|(kind, rule)| *kind == "rule" && jumps_there(rule));
+            for handle in ours.filter_map(|(_, rule)| rule["handle"].as_u64()) {
+                let _ = writeln!(text, "delete rule {family} {TABLE} {FORWARD} handle {handle}");
+            }
+        }
+        let _ = writeln!(text, "flush chain {family} {TABLE} {OURS}");
+        let _ = writeln!(text, "delete chain {family} {TABLE} {OURS}");
+        run(&["-f", "-"], Some(&text), "remove our rules from table filter").await?;
+        removed.push(format!("chain {family} {TABLE} {OURS}"));
+    }
+    Ok(removed)
+}
+
 fn concerns(drop: &ForwardDrop, networks: &BTreeSet<IpNet>) -> bool {
     let has = |v4: bool| networks.iter().any(|network| network.addr().is_ipv4() == v4);
     match drop.family.as_str() {
@@ -111,16 +134,20 @@ async fn list(family: &str, chain: &str) -> Result<Option<Value>, ApplyError> {
 
 /// Whether a listed chain sends everything through ours.
 fn jumps(listing: &Value) -> bool {
-    rules(listing).iter().any(|rule| *rule == [&json!({"jump": {"target": OURS}})])
+    objects(listing).any(|(kind, rule)| kind == "rule" && jumps_there(rule))
+}
+
+fn jumps_there(rule: &Value) -> bool {
+    statements(rule) == [&json!({"jump": {"target": OURS}})]
 }
 
 /// The statements of each rule in a listed chain, counters aside.
 fn rules(listing: &Value) -> Vec<Vec<&Value>> {
     let rules = objects(listing).filter(|(kind, _)| *kind == "rule");
-    rules
-        .map(|(_, rule)| {
-            let statements = rule["expr"].as_array().map(Vec::as_slice).unwrap_or_default();
-            statements.iter().filter(|statement| statement.get("counter").is_none()).collect()
-        })
-        .collect()
+    rules.map(|(_, rule)| statements(rule)).collect()
+}
+
+fn statements(rule: &Value) -> Vec<&Value> {
+    let statements = rule["expr"].as_array().map(Vec::as_slice).unwrap_or_default();
+    statements.iter().filter(|statement| statement.get("counter").is_none()).collect()
 }

@@ -23,7 +23,9 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::{ApplyError, generation};
-pub(super) use forward::{accept as accept_forwarded, observe as observe_forwarded};
+pub(super) use forward::{
+    accept as accept_forwarded, observe as observe_forwarded, remove as remove_forwarded,
+};
 pub(crate) use render::OUT as GUARD_CHAIN;
 use render::{IN, OUT, fits, render, render_anew};
 
@@ -93,6 +95,16 @@ async fn write_alone(ruleset: &Ruleset) -> Result<Option<Written>, ApplyError> {
         })),
         _ => Ok(None),
     }
+}
+
+/// Removes the table. Gives its name if there was one.
+pub(super) async fn remove() -> Result<Option<String>, ApplyError> {
+    if list().await?.is_none() {
+        return Ok(None);
+    }
+    let table = "table inet gambeson";
+    run(&["delete", "table", "inet", "gambeson"], None, "delete table inet gambeson").await?;
+    Ok(Some(table.to_owned()))
 }
 
 /// Whether the table still is exactly what was written.
