@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use gambeson_mesh::family::Family;
 use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT};
 use ipnet::IpNet;
 use regex::Regex;
@@ -105,6 +106,13 @@ pub struct Options {
     #[arg(long, env = "GAMBESON_WIREGUARD", value_name = "MODE", default_value = "auto")]
     pub wireguard: WireGuardMode,
 
+    /// Use a userspace device although the host is in FIPS mode
+    ///
+    /// Neither its ChaCha20-Poly1305 nor the kernel's is a validated module: ask whoever has to
+    /// approve it first.
+    #[arg(long, env = "GAMBESON_ALLOW_USERSPACE_IN_FIPS", hide_short_help = true)]
+    pub allow_userspace_in_fips: bool,
+
     /// Transports this node accepts: wireguard, host-gw, vxlan; wireguard alone by default
     ///
     /// Each pair of nodes uses the best that both accept, in this order. host-gw and vxlan are
@@ -150,6 +158,12 @@ pub struct Options {
         default_value = "/run/flannel/subnet.env"
     )]
     pub subnet_file: PathBuf,
+
+    /// Flannel's cni-conf.json, in place of the CNI configuration list of our own
+    ///
+    /// Its plugin of the type flannel becomes gambeson-cni; everything else stays.
+    #[arg(long, env = "GAMBESON_CNI_CONF_FILE", value_name = "FILE")]
+    pub cni_conf_file: Option<PathBuf>,
 
     /// Folder for the CNI configuration list, written once this node is ready
     #[arg(
@@ -265,6 +279,12 @@ pub struct Config {
     pub mtu: Option<u32>,
     /// Kernel or userspace.
     pub wireguard: WireGuardMode,
+    /// Userspace also in FIPS mode.
+    pub allow_userspace_in_fips: bool,
+    /// The family that endpoints are of, unless both may be.
+    pub endpoints: Option<Family>,
+    /// Seconds between keepalives, unless the Node says.
+    pub persistent_keepalive: Option<u16>,
     /// How packets may travel.
     pub backend: Backend,
     /// The file to follow for changes of that, unless an option says it.
@@ -275,6 +295,8 @@ pub struct Config {
     pub forward_rules: bool,
     /// `subnet.env`.
     pub subnet_file: PathBuf,
+    /// What the CNI configuration list is made of, if not ours.
+    pub cni_conf_file: Option<PathBuf>,
     /// Folder of the CNI configuration list.
     pub cni_conf_dir: PathBuf,
     /// Folder of the CNI plugins.
@@ -336,6 +358,10 @@ impl Options {
             true => file.backend.transports,
             false => transports(&self.transports)?,
         };
+        let wireguard = match (self.wireguard, file.userspace) {
+            (WireGuardMode::Auto, Some(true)) => WireGuardMode::Userspace,
+            (given, _) => given,
+        };
         let underlay = self.underlay()?;
         let port = self.port.or(file.port).unwrap_or(DEFAULT_PORT);
         if !(1..=MAX_PORT).contains(&port) {
@@ -370,12 +396,16 @@ impl Options {
             underlay,
             port,
             mtu,
-            wireguard: self.wireguard,
+            wireguard,
+            allow_userspace_in_fips: self.allow_userspace_in_fips,
+            endpoints: file.endpoints,
+            persistent_keepalive: file.persistent_keepalive,
             backend: Backend { transports, vxlan: file.backend.vxlan },
             net_conf,
             ip_masq: self.ip_masq,
             forward_rules: self.iptables_forward_rules,
             subnet_file: self.subnet_file,
+            cni_conf_file: self.cni_conf_file,
             cni_conf_dir: self.cni_conf_dir,
             cni_bin_dir: self.cni_bin_dir,
             key_file: self.key_file,
@@ -554,6 +584,13 @@ mod tests {
         let config = validate(&[&option, "--port=6000", "--mtu=1450"]).unwrap();
         assert_eq!(config.cluster_networks, BTreeSet::from(["10.244.0.0/16".parse().unwrap()]));
         assert_eq!((config.port, config.mtu), (6000, Some(1450)));
+        let wireguard = r#"{"Backend": {"Userspace": true, "Mode": "ipv6"}}"#;
+        std::fs::write(&file, wireguard).unwrap();
+        let config = validate(&[&option]).unwrap();
+        assert_eq!(config.wireguard, WireGuardMode::Userspace);
+        assert_eq!(config.endpoints, Some(Family::V6));
+        let config = validate(&[&option, "--wireguard=kernel"]).unwrap();
+        assert_eq!(config.wireguard, WireGuardMode::Kernel);
         std::fs::write(&file, r#"{"Backend": {"Type": "vxlan", "VNI": 7}}"#).unwrap();
         let config = validate(&[&option]).unwrap();
         assert_eq!(config.backend.transports, BTreeSet::from([Transport::Vxlan]));

@@ -1,5 +1,7 @@
 //! The transports in clear: only where both nodes name them, and then seen everywhere.
 
+use std::path::Path;
+
 use gambeson_lab::{Family, Lab, Options, Progress, Transports, WireguardMode};
 use serde_json::Value;
 
@@ -177,4 +179,31 @@ fn host_gw_behind_a_router_says_what_helps() {
         assert!(reason.contains(part), "{reason}");
     }
     assert!(status.peers.is_empty());
+}
+
+/// As Flannel's users have it, with a key of our own and one that nobody knows.
+#[test]
+fn a_net_conf_of_flannel_is_followed() {
+    let conf = serde_json::json!({
+        "Network": "10.244.0.0/16", "EnableIPv6": true, "IPv6Network": "fd00:10:244::/48",
+        "EnableNFTables": false,
+        "Backend": {
+            "Type": "wireguard", "Mode": "ipv6", "ListenPort": 51900, "Userspace": true,
+            "PersistentKeepaliveInterval": 25, "Colour": "green",
+        },
+    });
+    let options = options(WireguardMode::Auto);
+    let lab = lab_up(Options { start: false, ..dual(options) });
+    for node in lab.nodes() {
+        let file = node.host_path(Path::new("/var/lib/lab/net-conf.json"));
+        std::fs::write(file, conf.to_string()).unwrap();
+    }
+    start_all(&lab);
+    assert_connected(&lab, "node-1", "node-2");
+    let node = lab.node("node-1").unwrap();
+    let shown = run(&node.environment(), "wg show gambeson0 dump");
+    assert!(shown.contains("[fd00:240::2]:51900") && shown.trim_end().ends_with("25"), "{shown}");
+    assert_eq!(node.status().unwrap().implementation.as_deref(), Some("userspace"));
+    let log = node.agent_log().unwrap();
+    assert!(log.contains("Backend.Colour") && !log.contains("EnableNFTables"), "{log}");
 }

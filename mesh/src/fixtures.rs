@@ -37,6 +37,7 @@ pub(crate) fn local(i: u8, generation: u64) -> Local {
         keys: BTreeMap::from([(Generation::new(generation), key(i))]),
         endpoints,
         port: DEFAULT_PORT,
+        persistent_keepalive: None,
         underlay: "eth0".to_owned(),
         underlay_index: 2,
         underlay_mtu: 1500,

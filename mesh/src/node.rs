@@ -100,6 +100,8 @@ pub struct Local {
     pub endpoints: Endpoints,
     /// Base UDP port.
     pub port: u16,
+    /// Seconds between keepalives, unless its Node says.
+    pub persistent_keepalive: Option<u16>,
     /// Name of the underlay interface.
     pub underlay: String,
     /// Index of the underlay interface.

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use crate::NodeName;
+use crate::node::annotation::CONFIG_PERSISTENT_KEEPALIVE;
 use crate::node::{Local, Node, NodeRecord, Refusal, Transport, annotation, persistent_keepalive};
 use crate::observed::Observed;
 use crate::pair;
@@ -128,8 +129,11 @@ impl Topology {
         let (mut known, mut unknown) = (Vec::new(), Vec::new());
         for (name, record) in records {
             if *name == local.name {
+                let is_set = record.annotations.contains_key(CONFIG_PERSISTENT_KEEPALIVE);
+                mesh.persistent_keepalive = local.persistent_keepalive;
                 match persistent_keepalive(record, &local.prefix) {
-                    Ok(seconds) => mesh.persistent_keepalive = seconds,
+                    Ok(seconds) if is_set => mesh.persistent_keepalive = seconds,
+                    Ok(_) => {}
                     Err(problem) => _ = mesh.ignored.insert(name.clone(), vec![problem]),
                 }
                 continue;

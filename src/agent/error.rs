@@ -61,7 +61,8 @@ pub enum AgentError {
     /// A userspace device on a host in FIPS mode.
     #[error(
         "this host is in FIPS mode, where a userspace WireGuard device is not allowed; load the \
-         kernel module with `modprobe wireguard`"
+         kernel module with `modprobe wireguard`, or give --allow-userspace-in-fips if whoever \
+         has to approve it does"
     )]
     Fips,
     /// A UDP port is taken.

@@ -27,9 +27,14 @@ fn effective_capabilities(status: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
-/// Whether this host only allows validated cryptographic modules.
-pub(super) fn fips_enabled() -> bool {
-    fs::read_to_string(FIPS).is_ok_and(|value| value.trim() == "1")
+/// Checks that cryptography outside of the kernel may be used.
+pub(super) fn userspace(allowed_in_fips: bool) -> Result<(), AgentError> {
+    userspace_where(fs::read_to_string(FIPS).ok().as_deref(), allowed_in_fips)
+}
+
+fn userspace_where(fips_enabled: Option<&str>, allowed: bool) -> Result<(), AgentError> {
+    let fips = fips_enabled.is_some_and(|value| value.trim() == "1");
+    if fips && !allowed { Err(AgentError::Fips) } else { Ok(()) }
 }
 
 /// Checks that a TUN device can be made.
@@ -75,6 +80,16 @@ mod tests {
         let status = "Name:\tx\nCapPrm:\t0\nCapEff:\t000001ffffffffff\nCapBnd:\t0\n";
         assert_eq!(effective_capabilities(status), Some(0x1ff_ffff_ffff));
         assert_eq!(effective_capabilities("Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn userspace_on_a_fips_host_wants_to_be_allowed() {
+        for other in [None, Some("0\n"), Some("")] {
+            assert!(userspace_where(other, false).is_ok());
+        }
+        let error = userspace_where(Some("1\n"), false).unwrap_err().to_string();
+        assert!(error.contains("FIPS") && error.contains("--allow-userspace-in-fips"), "{error}");
+        assert!(userspace_where(Some("1\n"), true).is_ok());
     }
 
     #[test]

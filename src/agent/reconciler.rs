@@ -9,6 +9,7 @@ use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
 use gambeson_mesh::changeover::{Changeover, Changes, is_announced};
 use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop};
+use gambeson_mesh::family::Family;
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, annotation, pod_cidrs};
 use gambeson_mesh::observed::{Observed, ObservedLink};
 use gambeson_mesh::plan::{self, Action, Plan};
@@ -105,6 +106,7 @@ impl Reconciler {
             conf_dir: config.cni_conf_dir.clone(),
             run_dir: folder(&config.socket),
             state_dir: folder(&config.key_file),
+            given: config.cni_conf_file.clone(),
         };
         Self {
             config,
@@ -355,14 +357,20 @@ impl Reconciler {
 
     /// The underlay interface, or the last one while there is none.
     async fn underlay(&mut self, pass: &mut Pass) -> Result<Underlay, String> {
-        let families = Families {
-            v4: self.config.cluster_networks.iter().any(|n| matches!(n, IpNet::V4(_))),
-            v6: self.config.cluster_networks.iter().any(|n| matches!(n, IpNet::V6(_))),
+        let of_pods = |family| {
+            let mut networks = self.config.cluster_networks.iter();
+            networks.any(|network| Family::of_net(network) == family)
+        };
+        let only = self.config.endpoints;
+        let families = match only {
+            Some(family) => Families { v4: family == Family::V4, v6: family == Family::V6 },
+            None => Families { v4: of_pods(Family::V4), v6: of_pods(Family::V6) },
         };
         let choice = &self.config.underlay;
         let mut found = underlay::pick(choice, families).await;
         // IPv4 pods over an IPv6 underlay, or the other way round.
         if found.is_err()
+            && only.is_none()
             && let Ok(other) = underlay::pick(choice, Families::default()).await
         {
             found = Ok(other);
@@ -436,6 +444,7 @@ impl Reconciler {
             keys: self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::publics),
             endpoints: underlay.endpoints,
             port: config.port,
+            persistent_keepalive: config.persistent_keepalive,
             underlay: underlay.name.clone(),
             underlay_index: underlay.index,
             underlay_mtu: config.mtu.map_or(underlay.mtu, |mtu| mtu.min(underlay.mtu)),
@@ -472,9 +481,7 @@ impl Reconciler {
             },
         };
         if decided == Implementation::Userspace {
-            if preflight::fips_enabled() {
-                return Err(AgentError::Fips);
-            }
+            preflight::userspace(self.config.allow_userspace_in_fips)?;
             // A supervisor sees for itself.
             let own = self.config.tunnel_dir.is_none();
             if own && running != Some(Implementation::Userspace) {

@@ -68,6 +68,7 @@ pub async fn remove(removal: Removal) -> Result<Vec<String>, RemovalError> {
         conf_dir: removal.cni_conf_dir,
         run_dir: folder(&removal.socket),
         state_dir: folder(&removal.key_file),
+        given: None,
     };
     removed.extend(places.take_back()?.map(|path| format!("- {}", path.display())));
 

@@ -63,6 +63,11 @@ pub(super) fn wanted(
     Ok(format!("{list:#}\n").into_bytes())
 }
 
+/// Whether it is a configuration list with our plugin, or Flannel's.
+pub(super) fn has_our_plugin(list: &[u8]) -> bool {
+    serde_json::from_slice(list).is_ok_and(|list| plugin_in(&list).is_some())
+}
+
 /// Whether it is ours for this bridge, but for the version.
 fn is_default(list: &Value, bridge: &str) -> bool {
     let mut default: Value = serde_json::from_str(DEFAULT).unwrap_or_default();

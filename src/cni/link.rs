@@ -18,6 +18,8 @@ pub struct Places {
     pub run_dir: PathBuf,
     /// A folder that outlives a boot, for what an operator has added.
     pub state_dir: PathBuf,
+    /// What an operator gave in place of all that.
+    pub given: Option<PathBuf>,
 }
 
 impl Places {
@@ -33,11 +35,18 @@ impl Places {
     pub fn hand_over(&self, bridge: &str, version: &str) -> Result<bool, InstallError> {
         let [link, target, kept] = [&self.conf_dir, &self.run_dir, &self.state_dir]
             .map(|folder| folder.join(CONFLIST_NAME));
-        let refuse = |problem| InstallError::Conflist { path: link.clone(), problem };
-        let present = match first_of(&[&link, &target, &kept]) {
-            Ok(present) => present,
-            Err(error) => return Err(refuse(format!("cannot be read: {error}"))),
+        let source = self.given.as_ref().unwrap_or(&link);
+        let refuse = |problem| InstallError::Conflist { path: source.clone(), problem };
+        let cannot = |error: io::Error| refuse(format!("cannot be read: {error}"));
+        let present = match &self.given {
+            Some(given) => Some(fs::read(given).map_err(cannot)?),
+            None => first_of(&[&link, &target, &kept]).map_err(cannot)?,
         };
+        if let Some(given) = present.as_deref().filter(|_| self.given.is_some())
+            && !conflist::has_our_plugin(given)
+        {
+            return Err(refuse("has no plugin of the type flannel or gambeson-cni".to_owned()));
+        }
         let contents = conflist::wanted(present.as_deref(), bridge, version).map_err(refuse)?;
         for folder in [&self.conf_dir, &self.run_dir, &self.state_dir] {
             make_directory(folder)?;
@@ -97,7 +106,7 @@ mod tests {
 
     fn places(folder: &Path) -> Places {
         let [conf_dir, run_dir, state_dir] = ["conf", "run", "state"].map(|name| folder.join(name));
-        Places { conf_dir, run_dir, state_dir }
+        Places { conf_dir, run_dir, state_dir, given: None }
     }
 
     fn read(path: &Path) -> Value {
@@ -148,6 +157,39 @@ mod tests {
         fs::remove_dir_all(&places.run_dir).unwrap();
         places.hand_over(DEFAULT_BRIDGE, "1.1.0").unwrap();
         assert_eq!(read(&link), expected);
+    }
+
+    #[test]
+    fn what_an_operator_gives_is_taken_and_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let given = folder.path().join("cni-conf.json");
+        let places = Places { given: Some(given.clone()), ..places(folder.path()) };
+        let link = places.conf_dir.join(CONFLIST_NAME);
+        // As in Flannel's own manifest.
+        let mut conf = json!({
+            "name": "cbr0", "cniVersion": "0.3.1",
+            "plugins": [
+                { "type": "flannel", "delegate": { "hairpinMode": true, "isDefaultGateway": true } },
+                { "type": "portmap", "capabilities": { "portMappings": true } },
+            ],
+        });
+        for mode in [true, false] {
+            conf["plugins"][0]["delegate"]["hairpinMode"] = mode.into();
+            fs::write(&given, conf.to_string()).unwrap();
+            assert!(places.hand_over(DEFAULT_BRIDGE, "0.3.1").unwrap());
+            assert!(!places.hand_over(DEFAULT_BRIDGE, "0.3.1").unwrap());
+            assert_eq!(read(&link)["plugins"][0]["delegate"]["hairpinMode"], mode);
+            assert_eq!(read(&link)["plugins"][0]["type"], "gambeson-cni");
+        }
+        for (broken, says) in [("{", "no plugin of the type"), ("", "no plugin of the type")] {
+            fs::write(&given, broken).unwrap();
+            let error = places.hand_over(DEFAULT_BRIDGE, "0.3.1").unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains("cni-conf.json"), "{error}");
+        }
+        fs::remove_file(&given).unwrap();
+        let error = places.hand_over(DEFAULT_BRIDGE, "0.3.1").unwrap_err().to_string();
+        assert!(error.contains("cni-conf.json: cannot be read"), "{error}");
+        assert_eq!(read(&link)["plugins"][0]["delegate"]["hairpinMode"], false, "it is kept");
     }
 
     #[test]

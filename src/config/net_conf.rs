@@ -4,15 +4,17 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use gambeson_mesh::desired::Vxlan;
+use gambeson_mesh::family::Family;
 use gambeson_mesh::node::Transport;
 use serde_json::{Map, Value};
 
 use super::check::{ConfigError, invalid};
 
 const OPTION: &str = "--net-config-path";
-/// Keys that mean something to Flannel and need nothing here: pod CIDRs come from the Nodes, and
-/// nftables is always used.
-const NEEDLESS: [&str; 7] = [
+/// Keys that mean something to Flannel and need nothing here: pod CIDRs come from the Nodes,
+/// nftables is always used, and one tunnel carries both families.
+const NEEDLESS: [&str; 8] = [
+    "Backend.ListenPortV6",
     "EnableNFTables",
     "SubnetLen",
     "SubnetMin",
@@ -31,6 +33,12 @@ pub(super) struct NetConf {
     pub(super) port: Option<u16>,
     /// `Backend.MTU`, before WireGuard takes its part, in bytes.
     pub(super) mtu: Option<u32>,
+    /// `Backend.Mode`, where it is one family: that of the endpoints.
+    pub(super) endpoints: Option<Family>,
+    /// `Backend.PersistentKeepaliveInterval` in seconds.
+    pub(super) persistent_keepalive: Option<u16>,
+    /// `Backend.Userspace`, which is ours.
+    pub(super) userspace: Option<bool>,
     /// How packets may travel.
     pub(super) backend: Backend,
     /// Keys that this version does nothing with.
@@ -109,12 +117,33 @@ impl NetConf {
         if self.backend.transports.contains(&Transport::Vxlan) {
             self.vxlan(&mut backend)?;
         }
-        self.port = take(&mut backend, "ListenPort", "give a UDP port", port)?;
+        if self.backend.transports.contains(&Transport::Wireguard) {
+            self.wireguard(&mut backend)?;
+        }
         let bytes = |value: &Value| u32::try_from(value.as_u64()?).ok();
         self.mtu = take(&mut backend, "MTU", "give a number of bytes, or leave it out", bytes)?
             // As in Flannel: what the interface has.
             .filter(|mtu| *mtu != 0);
         self.unknown.extend(backend.into_iter().map(|(key, _)| format!("Backend.{key}")));
+        Ok(())
+    }
+
+    fn wireguard(&mut self, backend: &mut Map<String, Value>) -> Result<(), Wrong> {
+        self.port = take(backend, "ListenPort", "give a UDP port", port)?;
+        let takes = "give \"separate\", \"auto\", \"ipv4\" or \"ipv6\"";
+        let mode = |value: &Value| match value.as_str()? {
+            // One tunnel carries both families, over IPv4 where both nodes have it.
+            "separate" | "auto" => Some(None),
+            "ipv4" => Some(Some(Family::V4)),
+            "ipv6" => Some(Some(Family::V6)),
+            _ => None,
+        };
+        self.endpoints = take(backend, "Mode", takes, mode)?.flatten();
+        let takes = "give a number of seconds from 0 to 65535";
+        let seconds = |value: &Value| u16::try_from(value.as_u64()?).ok();
+        let interval = take(backend, "PersistentKeepaliveInterval", takes, seconds)?;
+        self.persistent_keepalive = interval.filter(|seconds| *seconds != 0);
+        self.userspace = take(backend, "Userspace", "give true or false", Value::as_bool)?;
         Ok(())
     }
 
@@ -219,6 +248,29 @@ mod tests {
     }
 
     #[test]
+    fn the_keys_of_a_wireguard_backend_are_read() {
+        let backend = |mode: &str| {
+            json!({ "Backend": {
+                "Type": "wireguard", "ListenPort": 51900, "ListenPortV6": 51901, "Mode": mode,
+                "PersistentKeepaliveInterval": 25, "Userspace": true,
+            } })
+        };
+        for (mode, family) in [
+            ("separate", None),
+            ("auto", None),
+            ("ipv4", Some(Family::V4)),
+            ("ipv6", Some(Family::V6)),
+        ] {
+            let conf = parse(backend(mode)).unwrap();
+            assert_eq!((conf.endpoints, conf.port), (family, Some(51900)));
+            assert_eq!((conf.persistent_keepalive, conf.userspace), (Some(25), Some(true)));
+            assert_eq!(conf.unknown, Vec::<String>::new());
+        }
+        let off = json!({ "Backend": { "PersistentKeepaliveInterval": 0 } });
+        assert_eq!(parse(off).unwrap().persistent_keepalive, None);
+    }
+
+    #[test]
     fn a_wrong_value_is_named_with_what_its_key_takes() {
         for (value, says) in [
             (json!({ "Network": 10 }), "Network 10 give a network"),
@@ -233,6 +285,12 @@ mod tests {
             (json!({ "Backend": { "Transports": ["udp"] } }), "Transports [\"udp\"] give a list"),
             (json!({ "Backend": { "Transports": [] } }), "Transports [] give a list"),
             (json!({ "Backend": { "ListenPort": 70_000 } }), "ListenPort 70000 give a UDP port"),
+            (json!({ "Backend": { "Mode": "both" } }), "Mode \"both\" give \"separate\""),
+            (
+                json!({ "Backend": { "PersistentKeepaliveInterval": "25s" } }),
+                "PersistentKeepaliveInterval \"25s\" give a number of seconds",
+            ),
+            (json!({ "Backend": { "Userspace": 1 } }), "Userspace 1 give true or false"),
             (json!({ "Backend": { "MTU": -1 } }), "MTU -1 give a number of bytes"),
         ] {
             let error = parse(value).unwrap_err();

@@ -31,6 +31,7 @@ fn node(i: u8, transport: Transport) -> Local {
         keys: BTreeMap::from([(Generation::FIRST, PrivateKey::generate().public())]),
         endpoints,
         port: 51820,
+        persistent_keepalive: None,
         underlay: "eth0".to_owned(),
         underlay_index: index(),
         underlay_mtu: 1500,

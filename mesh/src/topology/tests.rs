@@ -290,7 +290,16 @@ fn our_own_node_gives_a_keepalive_or_a_reason() {
     set(&mut own, "config/persistent-keepalive", "25");
     let mesh = resolve(&mut Topology::new(), std::slice::from_ref(&own));
     assert_eq!(mesh.persistent_keepalive, Some(25));
+    let with_default = Local { persistent_keepalive: Some(60), ..local(1, 0) };
+    let seconds = |own: &NodeRecord| {
+        Topology::new().resolve(&with_default, &records([own])).persistent_keepalive
+    };
+    assert_eq!(seconds(&own), Some(25), "the Node says");
+    set(&mut own, "config/persistent-keepalive", "off");
+    assert_eq!(seconds(&own), None);
+    assert_eq!(seconds(&record(&local(1, 0))), Some(60));
     set(&mut own, "config/persistent-keepalive", "often");
+    assert_eq!(seconds(&own), Some(60), "what cannot be used counts as not set");
     let mesh = resolve(&mut Topology::new(), &[own, record(&local(2, 0))]);
     assert_eq!(mesh.persistent_keepalive, None);
     assert_eq!(names(&mesh), ["node-2"]);
