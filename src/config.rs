@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use gambeson_mesh::family::Family;
-use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT};
+use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport};
 use ipnet::IpNet;
 use regex::Regex;
 
@@ -119,6 +119,14 @@ pub struct Options {
     /// not encrypted, and are never used unless both nodes name them.
     #[arg(long, env = "GAMBESON_TRANSPORTS", value_name = "LIST", value_delimiter = ',')]
     pub transports: Vec<String>,
+
+    /// Be Flannel to nodes that still run it, and take over what it left on this one
+    ///
+    /// Publishes Flannel's annotations beside our own for the backend in net-conf.json, and
+    /// reads them of Nodes that Flannel drives. They are reached by that backend, if
+    /// --transports or net-conf.json accepts it.
+    #[arg(long, env = "GAMBESON_FLANNEL_COMPAT", requires = "net_config_path")]
+    pub flannel_compat: bool,
 
     /// Masquerade what leaves the pod networks
     #[arg(
@@ -289,6 +297,8 @@ pub struct Config {
     pub backend: Backend,
     /// The file to follow for changes of that, unless an option says it.
     pub net_conf: Option<NetConfWatch>,
+    /// The backend of nodes that Flannel still drives, where there may be some.
+    pub flannel: Option<Transport>,
     /// Masquerade what leaves the cluster networks.
     pub ip_masq: bool,
     /// Accept the cluster networks' packets in the host's firewall.
@@ -343,7 +353,8 @@ impl Options {
     pub fn validate(self) -> Result<Config, ConfigError> {
         let node = self.node_identity()?;
         let file = self.net_config_path.as_deref().map(NetConf::read).transpose()?;
-        let file = file.unwrap_or_default();
+        let mut file = file.unwrap_or_default();
+        file.kind = file.kind.filter(|_| self.flannel_compat);
         let given = if self.cluster_cidr.iter().all(String::is_empty) {
             &file.networks
         } else {
@@ -402,6 +413,7 @@ impl Options {
             persistent_keepalive: file.persistent_keepalive,
             backend: Backend { transports, vxlan: file.backend.vxlan },
             net_conf,
+            flannel: file.kind,
             ip_masq: self.ip_masq,
             forward_rules: self.iptables_forward_rules,
             subnet_file: self.subnet_file,
@@ -485,7 +497,6 @@ impl Options {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use gambeson_mesh::node::Transport;
 
     use super::*;
 

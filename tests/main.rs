@@ -21,6 +21,7 @@ mod kubectl;
 mod lab;
 mod leak;
 mod mesh;
+mod migration;
 mod repair;
 mod start;
 mod status;

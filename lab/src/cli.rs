@@ -10,6 +10,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use gambeson::cli::{Failure, unblock_signals};
 use gambeson::exit::Exit;
+use gambeson_mesh::node::Transport;
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::traffic::{FlowReport, Rate, Traffic, report_table};
@@ -130,6 +131,14 @@ struct UpArgs {
     /// Transports that agents accept: wireguard, host-gw, vxlan; of one node: node-1=vxlan
     #[arg(long, value_name = "[NODE=]LIST")]
     transports: Vec<String>,
+    /// Number of nodes, the last ones, with a stand-in for Flannel in place of the agent
+    ///
+    /// The agents of the others are started with --flannel-compat.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    flannel_nodes: u8,
+    /// Flannel's backend on these: vxlan or host-gw
+    #[arg(long, value_name = "BACKEND", default_value = "vxlan", value_parser = backend)]
+    flannel_backend: Transport,
     /// MTU of the underlay in bytes, 1360 to 65535
     #[arg(long, default_value_t = 1500)]
     underlay_mtu: u32,
@@ -234,6 +243,11 @@ fn run(cli: Cli) -> Result<(), Failure> {
     }
 }
 
+fn backend(name: &str) -> Result<Transport, String> {
+    let backend = Transport::parse(name).filter(|backend| !backend.is_encrypted());
+    backend.ok_or_else(|| "give vxlan or host-gw".to_owned())
+}
+
 fn usage(error: OptionsError) -> Failure {
     Failure::new(Exit::Usage, LabError::Options(error))
 }
@@ -244,13 +258,16 @@ fn up(name: LabName, args: UpArgs) -> Result<(), Failure> {
     let options = Options {
         nodes: args.nodes,
         transports,
+        flannel_nodes: args.flannel_nodes,
+        flannel_backend: args.flannel_backend,
         pods_per_node: args.pods_per_node,
         wireguard: args.wireguard,
         underlay_mtu: args.underlay_mtu,
         underlay: args.family,
         pods: args.family,
         routed: args.routed,
-        admission: !args.no_admission,
+        // An agent may not write Flannel's annotations there.
+        admission: !args.no_admission && args.flannel_nodes == 0,
         lab_binary: lab_binary.clone(),
         ..Options::new(name, agent_program(&lab_binary)?)
     };

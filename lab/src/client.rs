@@ -38,7 +38,7 @@ impl fmt::Debug for Api {
 
 impl Api {
     /// A client of the server at this URL.
-    pub(super) fn new(url: &str) -> Result<Self, LabError> {
+    pub fn at(url: &str) -> Result<Self, LabError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()

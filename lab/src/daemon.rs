@@ -30,6 +30,8 @@ pub(super) const KUBECONFIG: &str = "/run/gambeson/kubeconfig";
 pub(super) const TOKEN: &str = "/run/gambeson/token";
 /// Where an agent finds its net-conf.json, which can be written anew while it runs.
 pub(super) const NET_CONF: &str = "/var/lib/lab/net-conf.json";
+/// What the CNI plugin reads.
+const SUBNET_ENV: &str = "/run/flannel/subnet.env";
 
 /// Arguments that start the API server of this lab, and tell its process from all others.
 pub(super) fn api_arguments(name: &LabName) -> [String; 3] {
@@ -103,6 +105,7 @@ pub(super) fn start_agent(options: &Options, node: NodeIndex) -> Result<ProcessI
         .arg("--ip-masq")
         .args(["--wireguard", options.wireguard.of(&node.name()).as_str()])
         .args(["--net-config-path", NET_CONF])
+        .args((options.flannel_nodes > 0).then_some("--flannel-compat"))
         .args(&options.agent_arguments)
         .env("NODE_NAME", node.name())
         .env_remove("KUBECONFIG")
@@ -113,6 +116,23 @@ pub(super) fn start_agent(options: &Options, node: NodeIndex) -> Result<ProcessI
         .process_group(0);
     let child = environment(options, node).spawn(&mut command)?;
     adopt(child, &format!("the agent of {}", node.name()), &log)
+}
+
+/// Starts the stand-in for flanneld on a node.
+pub(super) fn start_flannel(options: &Options, node: NodeIndex) -> Result<ProcessId, LabError> {
+    let log = options.node_dir(node).join(AGENT_LOG);
+    let mut command = Command::new(options.lab_binary.with_file_name("flannel-stand-in"));
+    command
+        .args(["--api", &options.api_url(node), "--node", &node.name()])
+        .args(["--iface", UNDERLAY_INTERFACE, "--net-config-path", NET_CONF])
+        .args(["--subnet-file", SUBNET_ENV, "--cni-conf-dir", CONF_DIR])
+        .stdin(Stdio::null())
+        .stdout(open_log(&log)?)
+        .stderr(open_log(&log)?)
+        .current_dir("/")
+        .process_group(0);
+    let child = environment(options, node).spawn(&mut command)?;
+    adopt(child, &format!("Flannel on {}", node.name()), &log)
 }
 
 /// A node as programs on it see it.

@@ -121,7 +121,7 @@ impl Lab {
         if let Some(api) = self.api.get() {
             return Ok(api);
         }
-        let api = Api::new(&self.api_url())?;
+        let api = Api::at(&self.api_url())?;
         Ok(self.api.get_or_init(|| api))
     }
 
@@ -213,7 +213,10 @@ impl Lab {
     fn start(&self, progress: &Progress) -> Result<(), LabError> {
         step(progress, "starting the agents")?;
         for node in self.nodes() {
-            node.start_agent()?;
+            match self.options.runs_flannel(node.index()) {
+                true => node.start_flannel()?,
+                false => node.start_agent()?,
+            }
         }
         step(progress, "attaching the pods")?;
         in_parallel(self.nodes(), |node| node.attach_pods())?;

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use gambeson_mesh::family;
 use gambeson_mesh::node::Transport;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde_json::json;
 
 use super::options::{Family, LabName, Options};
 
@@ -161,6 +162,26 @@ impl Options {
             Some(IpAddr::V4(address)) => format!("http://{address}:{API_PORT}"),
             None => String::new(),
         }
+    }
+
+    /// Whether the stand-in for Flannel drives this node at first.
+    pub(super) fn runs_flannel(&self, node: NodeIndex) -> bool {
+        node.0 + self.flannel_nodes > self.nodes
+    }
+
+    /// The net-conf.json of a node that accepts these transports.
+    pub(super) fn net_conf(&self, transports: &BTreeSet<Transport>) -> String {
+        let flannel = (self.flannel_nodes > 0).then_some(self.flannel_backend);
+        let kind = flannel.unwrap_or(Transport::Wireguard);
+        let mut conf = json!({ "Backend": { "Type": kind, "Transports": transports } });
+        for network in self.cluster_cidrs() {
+            match network {
+                IpNet::V4(_) => conf["Network"] = network.to_string().into(),
+                IpNet::V6(_) => conf["IPv6Network"] = network.to_string().into(),
+            }
+            conf[if network.addr().is_ipv4() { "EnableIPv4" } else { "EnableIPv6" }] = true.into();
+        }
+        conf.to_string()
     }
 
     /// The inner MTU that a node should find, in bytes, unless it is told other transports

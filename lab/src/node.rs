@@ -26,7 +26,6 @@ use super::network::{hub_port, ip};
 use super::probe::ping::{Echo, Pinger};
 use super::process::ProcessId;
 use super::state::write_atomically;
-use super::transports::net_conf;
 use super::wait::until;
 
 /// Folder of the userspace devices' sockets, as seen on the node.
@@ -114,6 +113,14 @@ impl<'a> Node<'a> {
         })
     }
 
+    /// Starts the stand-in for Flannel in place of the agent, which must have ended.
+    pub fn start_flannel(&self) -> Result<(), LabError> {
+        let process = daemon::start_flannel(&self.lab.options, self.index)?;
+        self.lab.change(|state| {
+            state.agents.insert(self.name(), process);
+        })
+    }
+
     /// Kills the agent with SIGKILL.
     pub fn kill_agent(&self) -> Result<(), LabError> {
         self.end_agent(Signal::SIGKILL)
@@ -141,7 +148,8 @@ impl<'a> Node<'a> {
     /// Tells the agent, which may be running, which transports it accepts from now on.
     pub fn set_transports(&self, transports: &BTreeSet<Transport>) -> Result<(), LabError> {
         let path = self.host_path(Path::new(NET_CONF));
-        write_atomically(&path, net_conf(transports).as_bytes())
+        let conf = self.lab.options.net_conf(transports);
+        write_atomically(&path, conf.as_bytes())
     }
 
     /// What the agent has logged so far.

@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use gambeson_mesh::node::Transport;
 use serde::{Deserialize, Serialize};
 
 use crate::transports::Transports;
@@ -30,6 +31,10 @@ pub struct Options {
     pub wireguard: WireguardModes,
     /// Which transports each agent is told to accept.
     pub transports: Transports,
+    /// Number of nodes, the last ones, on which a stand-in for Flannel runs at first.
+    pub flannel_nodes: u8,
+    /// Its backend, while there is one.
+    pub flannel_backend: Transport,
     /// MTU of the underlay in bytes.
     pub underlay_mtu: u32,
     /// Address families of the underlay.
@@ -59,6 +64,8 @@ impl Options {
             pods_per_node: 2,
             wireguard: WireguardModes::default(),
             transports: Transports::default(),
+            flannel_nodes: 0,
+            flannel_backend: Transport::Vxlan,
             underlay_mtu: 1500,
             underlay: Family::V4,
             pods: Family::V4,
@@ -75,6 +82,9 @@ impl Options {
     pub(super) fn validate(&self) -> Result<(), OptionsError> {
         if !(1..=MAX_NODES).contains(&self.nodes) {
             return Err(OptionsError::Nodes(self.nodes));
+        }
+        if self.flannel_nodes > self.nodes {
+            return Err(OptionsError::FlannelNodes(self.flannel_nodes, self.nodes));
         }
         if self.pods_per_node > MAX_PODS_PER_NODE {
             return Err(OptionsError::Pods(self.pods_per_node));
@@ -106,6 +116,9 @@ pub enum OptionsError {
     /// The number of nodes.
     #[error("a lab has 1 to {MAX_NODES} nodes, not {0}")]
     Nodes(u8),
+    /// The number of nodes with Flannel.
+    #[error("{0} nodes with Flannel are more than the {1} nodes of the lab")]
+    FlannelNodes(u8, u8),
     /// The number of pods.
     #[error("a node of a lab has at most {MAX_PODS_PER_NODE} pods, not {0}")]
     Pods(u8),

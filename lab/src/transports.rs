@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use gambeson_mesh::node::Transport;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
 use crate::options::OptionsError;
 
@@ -56,11 +55,6 @@ impl Transports {
     }
 }
 
-/// The net-conf.json of a node that accepts these.
-pub(super) fn net_conf(transports: &BTreeSet<Transport>) -> String {
-    json!({ "Backend": { "Type": "wireguard", "Transports": transports } }).to_string()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -74,8 +68,6 @@ mod tests {
         assert_eq!(transports.of("node-2"), &BTreeSet::from([Transport::HostGw]));
         let default = Transports::parse(&[]).unwrap();
         assert_eq!(default.of("node-1"), &BTreeSet::from([Transport::Wireguard]));
-        let said = r#"{"Backend":{"Transports":["wireguard","vxlan"],"Type":"wireguard"}}"#;
-        assert_eq!(net_conf(&both), said);
         for wrong in ["", "pigeon", "node-1=", "wireguard;vxlan"] {
             assert!(Transports::parse(&[wrong.to_owned()]).is_err(), "{wrong}");
         }

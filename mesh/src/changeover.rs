@@ -180,7 +180,7 @@ fn has_session(local: &Local, node: &Node, observed: &Observed) -> bool {
     let session = local.current_key().map(|(own, _)| Session::between(own, node.generation));
     let link = session.and_then(|session| observed.links.get(&session.device()));
     let peers = link.and_then(|link| link.wireguard.as_ref()).map(|state| &state.peers);
-    let peer = peers.and_then(|peers| peers.get(&node.public_key));
+    let peer = peers.and_then(|peers| peers.get(&node.public_key?));
     peer.is_some_and(|peer| PeerState::new(peer.handshake_age) == PeerState::Up)
 }
 

@@ -45,6 +45,7 @@ pub(crate) fn local(i: u8, generation: u64) -> Local {
         transports: BTreeSet::from([Transport::Wireguard]),
         vxlan: Vxlan::default(),
         on_link: BTreeSet::new(),
+        flannel: None,
         bridge: "cni0".to_owned(),
         masquerade: true,
     }

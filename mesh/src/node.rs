@@ -16,6 +16,7 @@ use crate::mac::Mac;
 use crate::session::SESSIONS;
 
 pub mod annotation;
+mod flannel;
 mod parse;
 mod refusal;
 #[cfg(test)]
@@ -118,6 +119,8 @@ pub struct Local {
     pub vteps: Vteps,
     /// Addresses of other nodes that the kernel reaches without a router.
     pub on_link: BTreeSet<IpAddr>,
+    /// The backend of those nodes that Flannel drives, where there may be some.
+    pub flannel: Option<Transport>,
     /// The pod bridge, e.g. `cni0`.
     pub bridge: String,
     /// Masquerade what leaves the cluster networks.
@@ -137,8 +140,8 @@ pub struct Node {
     pub pod_cidrs: BTreeSet<IpNet>,
     /// Generation of `public_key`.
     pub generation: Generation,
-    /// The key in use.
-    pub public_key: PublicKey,
+    /// The key in use; Flannel's nodes have one for WireGuard only.
+    pub public_key: Option<PublicKey>,
     /// The key of the next generation, during a rotation.
     pub next_public_key: Option<PublicKey>,
     /// Where to send, after the operator's overrides; at least one.
@@ -153,6 +156,8 @@ pub struct Node {
     pub mtu: Option<u32>,
     /// Persistent keepalive in seconds, when an operator set one.
     pub persistent_keepalive: Option<u16>,
+    /// Whether Flannel drives it: then `port` is the only one.
+    pub flannel: bool,
     /// Options that people set on it to something that cannot be used. They count as not set.
     pub ignored: Vec<Refusal>,
 }
@@ -210,6 +215,20 @@ impl fmt::Display for Transport {
     }
 }
 
+impl Node {
+    /// Reads a Node's record, and Flannel's annotations where Flannel drives it and that may be.
+    /// Conflicts with other Nodes are the topology's business.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with it.
+    pub fn parse(record: &NodeRecord, local: &Local) -> Result<Self, Refusal> {
+        match local.flannel.is_some() && flannel::drives(record) {
+            true => flannel::parse(record, local),
+            false => Self::parse_own(record, local),
+        }
+    }
+}
+
 impl Local {
     /// The generation in use and its public key, once there is a key.
     pub fn current_key(&self) -> Option<(Generation, PublicKey)> {
@@ -246,7 +265,8 @@ impl Local {
         let transports: Vec<&str> = self.transports.iter().map(|t| t.as_str()).collect();
         let offered = self.transports.contains(&Transport::Vxlan);
         let mac = |family| self.vteps.get(family).filter(|_| offered).map(|mac| mac.to_string());
-        [
+        let flannels = self.flannel.map(|kind| flannel::published(self, kind));
+        let own = [
             (annotation::PUBLIC_KEY, current.map(|(_, key)| key.to_string())),
             (annotation::KEY_GENERATION, current.map(|(generation, _)| generation.to_string())),
             (annotation::NEXT_PUBLIC_KEY, next.map(PublicKey::to_string)),
@@ -257,10 +277,9 @@ impl Local {
             (annotation::VTEP_MAC, mac(Family::V4)),
             (annotation::VTEP_MAC_V6, mac(Family::V6)),
             (annotation::MTU, Some(self.inner_mtu().to_string())),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
+        ];
+        let all = own.into_iter().chain(flannels.into_iter().flatten());
+        all.map(|(name, value)| (name.to_owned(), value)).collect()
     }
 }
 

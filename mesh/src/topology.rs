@@ -208,7 +208,9 @@ impl Resolution<'_> {
         };
         match incumbent {
             Some(known)
-                if node.generation < known.generation && !self.parity_only.contains(name) =>
+                if node.generation < known.generation
+                    && !node.flannel
+                    && !self.parity_only.contains(name) =>
             {
                 Err(Refusal::GenerationBack {
                     annotation: annotation::key(&self.local.prefix, annotation::KEY_GENERATION),

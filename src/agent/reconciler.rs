@@ -10,9 +10,11 @@ use gambeson_mesh::NodeName;
 use gambeson_mesh::changeover::{Changeover, Changes, is_announced};
 use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop};
 use gambeson_mesh::family::Family;
-use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, annotation, pod_cidrs};
+use gambeson_mesh::mac::Mac;
+use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, Vteps, annotation, pod_cidrs};
 use gambeson_mesh::observed::{Observed, ObservedLink};
 use gambeson_mesh::plan::{self, Action, Plan};
+use gambeson_mesh::session::DeviceName;
 use gambeson_mesh::topology::{self, Mesh, Topology};
 use gambeson_mesh::transport;
 use ipnet::IpNet;
@@ -49,6 +51,8 @@ pub(super) struct Reconciler {
     changeover: Changeover,
     /// Whether the topology knows what a former agent left in the kernel.
     recovered: bool,
+    /// Addresses of the VXLAN devices that a former agent, or Flannel, left in the kernel.
+    found: Vteps,
     underlay: Option<Underlay>,
     pod_cidrs: Option<(String, BTreeSet<IpNet>)>,
     /// Whether a pass has gone through without anything an agent cannot start with.
@@ -119,6 +123,7 @@ impl Reconciler {
             topology: Topology::new(),
             changeover: Changeover::default(),
             recovered: false,
+            found: Vteps::default(),
             underlay: None,
             pod_cidrs: None,
             started: false,
@@ -132,6 +137,16 @@ impl Reconciler {
         let desired = self.closed().await;
         let mut pass = Pass::default();
         self.execute(&Plan::fail_closed(&desired), &mut pass).await?;
+        if self.config.flannel.is_some() {
+            // Packets pass all the while: the guard knows the devices by either name.
+            let Backend { transports, vxlan } = &self.config.backend;
+            let taken = self.kernel.take_over_flannel(transports, vxlan.vni).await;
+            match taken {
+                Ok(what) if what.is_empty() => {}
+                Ok(what) => info!(what = what.join(", "), "took over from Flannel"),
+                Err(error) => pass.problems.push(chain(&error)),
+            }
+        }
         for problem in pass.problems {
             warn!(error = problem, "not closed yet, will be tried again");
         }
@@ -169,7 +184,8 @@ impl Reconciler {
         let local = self.local("", BTreeSet::new(), &Underlay::unknown());
         let mut desired = transport::desired(&Mesh::default(), &local, &Changes::new());
         if local.transports.iter().any(|transport| !transport.is_encrypted()) {
-            desired.ruleset.plaintext = self.kernel.in_clear(&local.transports).await;
+            let flannels = local.flannel.map(|_| local.vxlan.vni);
+            desired.ruleset.plaintext = self.kernel.in_clear(&local.transports, flannels).await;
         }
         desired
     }
@@ -335,6 +351,11 @@ impl Reconciler {
         }
         if !self.recovered {
             self.topology.recover(&observed);
+            let mac = |family| match observed.links.get(&DeviceName::Vxlan(family))?.kind {
+                Some(LinkKind::Vxlan(link)) => Some(link.mac),
+                _ => None,
+            };
+            self.found = Vteps { v4: mac(Family::V4), v6: mac(Family::V6) };
             self.recovered = true;
         }
         Ok(observed)
@@ -437,7 +458,8 @@ impl Reconciler {
             name: node.to_owned(),
             prefix: config.prefix.clone(),
             vxlan: config.backend.vxlan,
-            vteps: Local::default_vteps(&pod_cidrs, underlay.endpoints),
+            vteps: self.vteps(&pod_cidrs, underlay.endpoints),
+            flannel: config.flannel,
             on_link: BTreeSet::new(),
             pod_cidrs,
             cluster_networks: config.cluster_networks.clone(),
@@ -453,6 +475,14 @@ impl Reconciler {
             bridge: config.bridge.clone(),
             masquerade: config.ip_masq,
         }
+    }
+
+    /// Addresses of the VXLAN devices: those that were there when the agent started, by which
+    /// other nodes know them, and otherwise the same at every boot.
+    fn vteps(&self, pod_cidrs: &BTreeSet<IpNet>, endpoints: Endpoints) -> Vteps {
+        let default = Local::default_vteps(pod_cidrs, endpoints);
+        let kept = |default: Option<Mac>, found: Option<Mac>| default.and(found.or(default));
+        Vteps { v4: kept(default.v4, self.found.v4), v6: kept(default.v6, self.found.v6) }
     }
 
     /// Kernel or userspace, decided once: what runs already is kept. A node that does not accept

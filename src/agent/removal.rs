@@ -18,6 +18,8 @@ use crate::cni::link::Places;
 pub struct Removal {
     /// Also what keeps packets from leaving in clear.
     pub allow_plaintext: bool,
+    /// VXLAN devices and their routes are Flannel's from now on.
+    pub to_flannel: bool,
     /// Where an agent that runs would answer.
     pub socket: PathBuf,
     /// Folder of the CNI configuration list.
@@ -74,6 +76,10 @@ pub async fn remove(removal: Removal) -> Result<Vec<String>, RemovalError> {
 
     let scope = Scope { tunnel_dir: removal.tunnel_dir, ..Scope::default() };
     let mut kernel = Kernel::connect(scope).await.map_err(RemovalError::Read)?;
+    if removal.to_flannel {
+        let given = kernel.hand_back_to_flannel().await.map_err(RemovalError::Part)?;
+        removed.extend(given);
+    }
     let observed = kernel.observe().await.map_err(RemovalError::Read)?;
     let plan = Plan::removal(&observed, removal.allow_plaintext);
     // Nothing that is removed needs a key.

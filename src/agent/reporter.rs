@@ -294,11 +294,11 @@ fn peer_status(node: &Node, view: &View) -> PeerStatus {
     let device = path.and_then(|(_, next_hop)| next_hop.device());
     let configured = device
         .and_then(|name| view.desired.devices.get(&name))
-        .and_then(|device| device.peers.get(&node.public_key));
+        .and_then(|device| device.peers.get(&node.public_key?));
     let observed = device
         .and_then(|name| view.observed.links.get(&name))
         .and_then(|link| link.wireguard.as_ref())
-        .and_then(|wireguard| wireguard.peers.get(&node.public_key));
+        .and_then(|wireguard| wireguard.peers.get(&node.public_key?));
     let seen = |value: fn(&ObservedPeer) -> u64| observed.map_or(0, value);
     let own_mtu = view.local.inner_mtu();
     let link = match path {

@@ -23,6 +23,12 @@ pub enum ApplyError {
     /// A link could not be looked up.
     #[error("cannot read link {name}{}", hint(source))]
     ReadLink { name: String, source: io::Error },
+    /// A link could not be renamed.
+    #[error("cannot rename a link between {device} and {name}{}", hint(source))]
+    Rename { device: DeviceName, name: String, source: io::Error },
+    /// A link of Flannel's could not be removed.
+    #[error("cannot remove link {name}{}", hint(source))]
+    DeleteForeign { name: String, source: io::Error },
     /// A link that was to be changed is not there.
     #[error("link {device} does not exist any more; it is made again in the next pass")]
     LinkGone { device: DeviceName },

@@ -21,7 +21,7 @@ use netlink_packet_route::address::{
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
-use nix::libc::{EADDRNOTAVAIL, EEXIST, ENODEV, EOPNOTSUPP};
+use nix::libc::{EADDRNOTAVAIL, EBUSY, EEXIST, ENODEV, EOPNOTSUPP};
 use rtnetlink::{LinkUnspec, LinkVxlan, LinkWireguard};
 
 use super::ApplyError;
@@ -271,6 +271,54 @@ pub(super) async fn mark(netlink: &mut Netlink, device: DeviceName) -> Result<()
         Some(link) => set_alias(netlink, device, link.index).await,
         None => Err(ApplyError::LinkGone { device }),
     }
+}
+
+/// Makes somebody else's link ours, by mark and name. From Linux 6.2 on it need not go down.
+pub(super) async fn take_over(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    index: u32,
+) -> Result<(), ApplyError> {
+    set_alias(netlink, device, index).await?;
+    rename(netlink, device, index, device.as_str()).await
+}
+
+/// Takes our mark from a link, and gives it another name.
+pub(super) async fn give_away(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    index: u32,
+    name: &str,
+) -> Result<(), ApplyError> {
+    let unmark = LinkUnspec::new_with_index(index).alias("").build();
+    let unmarked = netlink.change(RouteNetlinkMessage::SetLink(unmark), 0).await;
+    unmarked.map_err(|source| ApplyError::MarkLink { device, source })?;
+    rename(netlink, device, index, name).await
+}
+
+async fn rename(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    index: u32,
+    name: &str,
+) -> Result<(), ApplyError> {
+    let rename = || LinkUnspec::new_with_index(index).name(name);
+    let failed = |source| ApplyError::Rename { device, name: name.to_owned(), source };
+    match netlink.change(RouteNetlinkMessage::SetLink(rename().build()), 0).await {
+        Err(error) if error.raw_os_error() == Some(EBUSY) => {
+            let down = LinkUnspec::new_with_index(index).down().build();
+            netlink.change(RouteNetlinkMessage::SetLink(down), 0).await.map_err(failed)?;
+            let up = rename().up().build();
+            netlink.change(RouteNetlinkMessage::SetLink(up), 0).await.map_err(failed)
+        }
+        result => result.map_err(failed),
+    }
+}
+
+/// Removes a link that is not ours. One that is gone already is success.
+pub(super) async fn delete_foreign(netlink: &mut Netlink, link: &Link) -> Result<(), ApplyError> {
+    let deleted = delete_index(netlink, link.index).await;
+    deleted.map_err(|source| ApplyError::DeleteForeign { name: link.name.clone(), source })
 }
 
 async fn set_alias(

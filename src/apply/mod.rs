@@ -6,6 +6,7 @@
 
 mod error;
 mod events;
+mod flannel;
 mod generation;
 pub(crate) mod link;
 pub(crate) mod netlink;
@@ -241,17 +242,56 @@ impl Kernel {
         on_link
     }
 
-    /// What our routes lead to in clear by transports that are `allowed`, by the name of the link.
-    /// Nothing, when they cannot be read.
+    /// What our routes lead to in clear by transports that are `allowed`, by the name of the link,
+    /// and what those of Flannel lead to that are to be taken over, with its VNI. Nothing, when
+    /// they cannot be read.
     pub async fn in_clear(
         &mut self,
         allowed: &BTreeSet<Transport>,
+        flannel: Option<u32>,
     ) -> BTreeMap<String, BTreeSet<IpNet>> {
-        let found = route::in_clear(&mut self.netlink, allowed).await;
-        found.unwrap_or_else(|error| {
+        let netlink = &mut self.netlink;
+        let found = async {
+            let mut found = route::in_clear(netlink, allowed).await?;
+            if let Some(vni) = flannel.filter(|_| allowed.contains(&Transport::Vxlan)) {
+                for (link, behind) in flannel::in_clear(netlink, vni).await? {
+                    found.entry(link).or_default().extend(behind);
+                }
+            }
+            Ok(found)
+        };
+        found.await.unwrap_or_else(|error: ApplyError| {
             tracing::debug!(%error, "the routes in clear cannot be read");
             BTreeMap::new()
         })
+    }
+
+    /// Takes over what Flannel left here, with this VNI: its VXLAN devices and their routes where
+    /// VXLAN is `accepted`, as they are and without a pause. The rest of it goes. Says what was
+    /// done.
+    ///
+    /// # Errors
+    /// The operation that failed.
+    pub async fn take_over_flannel(
+        &mut self,
+        accepted: &BTreeSet<Transport>,
+        vni: u32,
+    ) -> Result<Vec<String>, ApplyError> {
+        let keep = accepted.contains(&Transport::Vxlan);
+        let mut done = flannel::take_over(&mut self.netlink, vni, keep).await?;
+        done.extend(nft::remove_flannel().await?);
+        Ok(done)
+    }
+
+    /// Removes the guard and gives our VXLAN devices and their routes back to Flannel, as they are
+    /// and without a pause. Says what was done.
+    ///
+    /// # Errors
+    /// The operation that failed.
+    pub async fn hand_back_to_flannel(&mut self) -> Result<Vec<String>, ApplyError> {
+        let mut done = self.remove_firewall().await?;
+        done.extend(flannel::hand_back(&mut self.netlink).await?);
+        Ok(done)
     }
 
     /// Whether a link of type `wireguard` can be made here: makes one under a temporary name

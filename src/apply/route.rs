@@ -110,6 +110,14 @@ pub(crate) fn output_link(message: &RouteMessage) -> Option<u32> {
     })
 }
 
+/// The router that a route leads to, if it is one.
+pub(super) fn gateway(message: &RouteMessage) -> Option<IpAddr> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Gateway(address) => ip_of(address),
+        _ => None,
+    })
+}
+
 /// Where a route leads, as `ip route` says it.
 async fn leads(netlink: &mut Netlink, message: &RouteMessage) -> Result<String, ApplyError> {
     let kind = match message.header.kind {

@@ -15,11 +15,19 @@ use crate::exit::Exit;
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "Examples:
   gambeson uninstall
-  gambeson uninstall --allow-plaintext")]
+  gambeson uninstall --allow-plaintext
+  gambeson uninstall --allow-plaintext --to-flannel")]
 pub(super) struct Args {
     /// Also remove the guard, the unreachable routes and the policy routing rules
     #[arg(long)]
     allow_plaintext: bool,
+
+    /// Also give the VXLAN devices and their routes to Flannel, without a packet lost
+    ///
+    /// flanneld finds them as it would have left them. Pairs of nodes that use something else
+    /// lose packets until it runs: have the agents accept vxlan alone before.
+    #[arg(long, requires = "allow_plaintext")]
+    to_flannel: bool,
 
     /// Unix socket of the agent, to see that none runs
     #[arg(long, env = "GAMBESON_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
@@ -53,6 +61,7 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
     let keys = args.key_file.display().to_string();
     let removal = Removal {
         allow_plaintext,
+        to_flannel: args.to_flannel,
         socket: args.socket,
         cni_conf_dir: args.cni_conf_dir,
         key_file: args.key_file,

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use gambeson_mesh::node::NodeRecord;
+use gambeson_mesh::node::{NodeRecord, annotation};
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Deserialize;
@@ -96,8 +96,8 @@ impl NodeObject {
         internal.filter_map(|address| address.address.parse().ok()).take(ADDRESSES_MAX).collect()
     }
 
-    /// What the mesh needs of this Node, with annotations below `prefix` and
-    /// `config.<prefix>` only.
+    /// What the mesh needs of this Node, with annotations below `prefix`, `config.<prefix>` and
+    /// Flannel's prefix only.
     pub fn record(&self, prefix: &str) -> NodeRecord {
         let meta = &self.metadata;
         let created = meta.creation_timestamp.as_ref().map_or(0, |time| time.0.as_second());
@@ -133,7 +133,9 @@ fn annotations(all: Option<&BTreeMap<String, String>>, prefix: &str) -> BTreeMap
         if domain == prefix {
             Some(name.to_owned())
         } else if domain.strip_prefix("config.") == Some(prefix) {
-            Some(format!("config/{name}"))
+            Some(format!("{}{name}", annotation::CONFIG))
+        } else if domain == annotation::FLANNEL_PREFIX {
+            Some(format!("{}{name}", annotation::FLANNEL))
         } else {
             None
         }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use gambeson_mesh::node::NodeRecord;
+use gambeson_mesh::node::{NodeRecord, annotation};
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::{Patch, PatchParams};
@@ -113,7 +113,7 @@ impl Publication {
             for (name, value) in &self.annotations {
                 // Removing what is not there would be a change of its own to some servers.
                 if value.is_some() || own.annotations.contains_key(name) {
-                    annotations.insert(format!("{prefix}/{name}"), value.clone());
+                    annotations.insert(annotation::key(prefix, name), value.clone());
                 }
             }
         }

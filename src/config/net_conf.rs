@@ -39,6 +39,8 @@ pub(super) struct NetConf {
     pub(super) persistent_keepalive: Option<u16>,
     /// `Backend.Userspace`, which is ours.
     pub(super) userspace: Option<bool>,
+    /// `Backend.Type`: what Flannel's nodes use, where this is their file.
+    pub(super) kind: Option<Transport>,
     /// How packets may travel.
     pub(super) backend: Backend,
     /// Keys that this version does nothing with.
@@ -105,6 +107,7 @@ impl NetConf {
         let takes = "give \"wireguard\", \"host-gw\" or \"vxlan\"";
         let transport = |value: &Value| Transport::parse(value.as_str()?);
         let kind = take(&mut backend, "Type", takes, transport)?.unwrap_or(Transport::Wireguard);
+        self.kind = Some(kind);
         self.backend.transports = BTreeSet::from([kind]);
         let takes = "give a list such as [\"wireguard\", \"vxlan\"]";
         let list = |value: &Value| {

@@ -58,7 +58,10 @@ impl NetConfWatch {
                 problem: Some(format!("{error}; keeping what it said before")),
             },
             Ok(read) => {
-                let rest = NetConf { backend: self.started_with.backend.clone(), ..read.clone() };
+                let NetConf { backend, kind, .. } = self.started_with.clone();
+                // Whether Flannel's backend matters was decided at start.
+                let kind = read.kind.filter(|_| kind.is_some());
+                let rest = NetConf { backend, kind, ..read.clone() };
                 let problem = (rest != self.started_with).then(|| {
                     format!(
                         "{} changed in more than how packets travel: restart the agent for the \
@@ -91,6 +94,7 @@ mod tests {
         let network = r#""Network": "10.9.0.0/16""#;
         let started_with =
             write(&format!(r#"{{{network}, "Backend": {{"Type": "wireguard"}}}}"#)).unwrap();
+        let started_with = NetConf { kind: None, ..started_with };
         let watch = NetConfWatch::new(path.clone(), started_with);
         let vxlan = r#""Backend": {"Type": "vxlan"}"#;
         let vxlan_only = BTreeSet::from([Transport::Vxlan]);

@@ -39,6 +39,7 @@ fn node(i: u8, transport: Transport) -> Local {
         transports: [transport].into(),
         vxlan: Vxlan::default(),
         on_link: BTreeSet::new(),
+        flannel: None,
         bridge: "cni0".to_owned(),
         masquerade: true,
     }

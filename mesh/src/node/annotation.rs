@@ -31,10 +31,36 @@ pub const CONFIG: &str = "config/";
 /// What their prefix starts with.
 pub const CONFIG_PREFIX: &str = "config.";
 
+/// What the names of Flannel's annotations start with, and their prefix.
+pub const FLANNEL: &str = "flannel/";
+/// Flannel's default `--kube-annotation-prefix`.
+pub const FLANNEL_PREFIX: &str = "flannel.alpha.coreos.com";
+
+/// Flannel's annotations.
+pub mod flannel {
+    /// `"true"` where Flannel takes its subnets from the Nodes.
+    pub const KUBE_SUBNET_MANAGER: &str = "flannel/kube-subnet-manager";
+    /// `vxlan`, `host-gw` or `wireguard`.
+    pub const BACKEND_TYPE: &str = "flannel/backend-type";
+    /// What peers need to know, as JSON; for IPv4, or for both families.
+    pub const BACKEND_DATA: &str = "flannel/backend-data";
+    /// The same for IPv6.
+    pub const BACKEND_V6_DATA: &str = "flannel/backend-v6-data";
+    /// IPv4 address that other nodes send to.
+    pub const PUBLIC_IP: &str = "flannel/public-ip";
+    /// IPv6 address that other nodes send to.
+    pub const PUBLIC_IPV6: &str = "flannel/public-ipv6";
+    /// An operator's in place of the former.
+    pub const PUBLIC_IP_OVERWRITE: &str = "flannel/public-ip-overwrite";
+    /// An operator's in place of the former.
+    pub const PUBLIC_IPV6_OVERWRITE: &str = "flannel/public-ipv6-overwrite";
+}
+
 /// The whole key of an annotation, as a Node has it.
 pub fn key(prefix: &str, name: &str) -> String {
-    match name.strip_prefix(CONFIG) {
-        Some(name) => format!("{CONFIG_PREFIX}{prefix}/{name}"),
-        None => format!("{prefix}/{name}"),
+    match (name.strip_prefix(CONFIG), name.strip_prefix(FLANNEL)) {
+        (Some(name), _) => format!("{CONFIG_PREFIX}{prefix}/{name}"),
+        (_, Some(name)) => format!("{FLANNEL_PREFIX}/{name}"),
+        (None, None) => format!("{prefix}/{name}"),
     }
 }

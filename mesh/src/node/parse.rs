@@ -24,13 +24,12 @@ const SMALLEST_MTU: u32 = 576;
 pub(crate) const LARGEST_MTU: u32 = 65_535 - 15;
 
 impl Node {
-    /// Reads a Node's record. Conflicts with other Nodes are the topology's business.
-    ///
-    /// # Errors
-    /// The first thing that is wrong with it.
-    pub fn parse(record: &NodeRecord, local: &Local) -> Result<Self, Refusal> {
+    /// Reads a Node's record, as its own agent has written it.
+    pub(super) fn parse_own(record: &NodeRecord, local: &Local) -> Result<Self, Refusal> {
         let values = Values { annotations: &record.annotations, prefix: &local.prefix };
-        if !record.annotations.keys().any(|name| !name.starts_with(annotation::CONFIG)) {
+        let others = [annotation::CONFIG, annotation::FLANNEL];
+        let is_own = |name: &String| !others.iter().any(|other| name.starts_with(other));
+        if !record.annotations.keys().any(is_own) {
             return Err(Refusal::NoKey);
         }
         let public_key = values
@@ -48,7 +47,7 @@ impl Node {
             uid: record.uid.clone(),
             created: record.created,
             generation,
-            public_key,
+            public_key: Some(public_key),
             next_public_key: values.next_public_key(generation, public_key)?,
             endpoints: values.endpoints(&local.cluster_networks, &mut ignored)?,
             port: values.port()?,
@@ -60,6 +59,7 @@ impl Node {
             mtu: values.mtu()?,
             persistent_keepalive: option(persistent_keepalive(record, &local.prefix), &mut ignored),
             pod_cidrs: pod_cidrs(record, &local.cluster_networks)?,
+            flannel: false,
             ignored,
         })
     }
@@ -144,9 +144,9 @@ fn join(networks: &BTreeSet<IpNet>) -> String {
     networks.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ")
 }
 
-struct Values<'a> {
-    annotations: &'a BTreeMap<String, String>,
-    prefix: &'a str,
+pub(super) struct Values<'a> {
+    pub(super) annotations: &'a BTreeMap<String, String>,
+    pub(super) prefix: &'a str,
 }
 
 impl<'a> Values<'a> {
@@ -155,7 +155,7 @@ impl<'a> Values<'a> {
         annotation::key(self.prefix, annotation)
     }
 
-    fn text(&self, annotation: &'static str) -> Result<Option<&'a str>, Refusal> {
+    pub(super) fn text(&self, annotation: &'static str) -> Result<Option<&'a str>, Refusal> {
         match self.annotations.get(annotation) {
             Some(text) if text.len() > LONGEST => {
                 Err(Refusal::TooLong { annotation: self.key(annotation), limit: LONGEST })
@@ -221,8 +221,8 @@ impl<'a> Values<'a> {
         cluster_networks: &BTreeSet<IpNet>,
         ignored: &mut Vec<Refusal>,
     ) -> Result<Endpoints, Refusal> {
-        let v4 = |name| self.endpoint(name, cluster_networks, problem_v4);
-        let v6 = |name| self.endpoint(name, cluster_networks, problem_v6);
+        let v4 = |name| self.endpoint_v4(name, cluster_networks);
+        let v6 = |name| self.endpoint_v6(name, cluster_networks);
         let (published_v4, published_v6) =
             (v4(annotation::ENDPOINT)?, v6(annotation::ENDPOINT_V6)?);
         let endpoints = Endpoints {
@@ -230,6 +230,22 @@ impl<'a> Values<'a> {
             v6: option(v6(annotation::CONFIG_ENDPOINT_V6), ignored).or(published_v6),
         };
         if endpoints == Endpoints::default() { Err(Refusal::NoEndpoint) } else { Ok(endpoints) }
+    }
+
+    pub(super) fn endpoint_v4(
+        &self,
+        annotation: &'static str,
+        cluster_networks: &BTreeSet<IpNet>,
+    ) -> Result<Option<Ipv4Addr>, Refusal> {
+        self.endpoint(annotation, cluster_networks, problem_v4)
+    }
+
+    pub(super) fn endpoint_v6(
+        &self,
+        annotation: &'static str,
+        cluster_networks: &BTreeSet<IpNet>,
+    ) -> Result<Option<Ipv6Addr>, Refusal> {
+        self.endpoint(annotation, cluster_networks, problem_v6)
     }
 
     fn endpoint<A>(

@@ -40,7 +40,7 @@ fn a_node_reads_what_another_publishes() {
     theirs.keys.insert(Generation::new(7), key(77));
     let node = Node::parse(&record(&theirs), &ours).unwrap();
     assert_eq!(node.generation, Generation::new(6));
-    assert_eq!(node.public_key, key(2));
+    assert_eq!(node.public_key, Some(key(2)));
     assert_eq!(node.next_public_key, Some(key(77)));
     assert_eq!(node.endpoints, theirs.endpoints);
     assert_eq!(node.port, DEFAULT_PORT);

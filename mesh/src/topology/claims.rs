@@ -88,7 +88,7 @@ impl<'a> Claims<'a> {
 
 fn keys(node: &Node) -> impl Iterator<Item = (&'static str, PublicKey)> {
     let next = node.next_public_key.map(|key| (annotation::NEXT_PUBLIC_KEY, key));
-    std::iter::once((annotation::PUBLIC_KEY, node.public_key)).chain(next)
+    node.public_key.map(|key| (annotation::PUBLIC_KEY, key)).into_iter().chain(next)
 }
 
 /// The devices of a node, each the only one with its address on its underlay.

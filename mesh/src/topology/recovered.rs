@@ -175,7 +175,7 @@ impl Recovered {
             pod_cidrs: self.pod_cidrs.clone(),
             // Of the generation, the device tells the parity.
             generation: Generation::new(self.session.peer_parity().into()),
-            public_key: self.public_key,
+            public_key: Some(self.public_key),
             next_public_key: None,
             endpoints,
             port: self.session.reversed().base_port(port).unwrap_or(DEFAULT_PORT),
@@ -183,6 +183,7 @@ impl Recovered {
             mtu: self.mtu,
             persistent_keepalive: self.persistent_keepalive,
             vteps: Vteps::default(),
+            flannel: false,
             ignored: Vec::new(),
         }
     }

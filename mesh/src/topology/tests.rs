@@ -232,7 +232,7 @@ fn a_node_made_again_starts_anew() {
 
     resolve(&mut topology, &[record(&local(2, 5))]);
     let mesh = resolve(&mut topology, &[again]);
-    assert_eq!(mesh.peers["node-2"].public_key, key(22));
+    assert_eq!(mesh.peers["node-2"].public_key, Some(key(22)));
     assert_eq!(mesh.peers["node-2"].generation.number(), 0);
     assert_eq!(mesh.refused, BTreeMap::new());
 }

@@ -53,7 +53,7 @@ pub(super) fn first_device(local: &Local, desired: &mut Desired) {
 
 fn keys(node: &Node) -> impl Iterator<Item = (Generation, PublicKey)> {
     let next = node.generation.next().zip(node.next_public_key);
-    std::iter::once((node.generation, node.public_key)).chain(next)
+    node.public_key.map(|key| (node.generation, key)).into_iter().chain(next)
 }
 
 /// The device of a session, made when first asked for. `None` when its port would be past
@@ -79,7 +79,10 @@ fn device<'a>(
 
 fn peer(mesh: &Mesh, local: &Local, node: &Node, session: Session) -> Option<WireGuardPeer> {
     let address = node.endpoints.reachable_from(local.endpoints)?;
-    let port = session.reversed().port(node.port)?;
+    let port = match node.flannel {
+        true => node.port,
+        false => session.reversed().port(node.port)?,
+    };
     // Either side may be the one behind NAT, so the shorter wish of both counts for both.
     let keepalives = [mesh.persistent_keepalive, node.persistent_keepalive];
     Some(WireGuardPeer {

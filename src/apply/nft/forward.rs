@@ -64,23 +64,43 @@ pub(in crate::apply) async fn accept(
 
 /// Removes our chains and what leads to them, and names them.
 pub(in crate::apply) async fn remove() -> Result<Vec<String>, ApplyError> {
+    remove_chain(TABLE, FORWARD, OURS).await
+}
+
+/// Removes what Flannel leaves in the firewall: its tables, or its chains of iptables-nft.
+pub(in crate::apply) async fn remove_flannel() -> Result<Vec<String>, ApplyError> {
+    let mut removed = remove_chain(TABLE, FORWARD, "FLANNEL-FWD").await?;
+    removed.extend(remove_chain("nat", "POSTROUTING", "FLANNEL-POSTRTG").await?);
+    for (family, table) in [("ip", "flannel-ipv4"), ("ip6", "flannel-ipv6")] {
+        if query(&["-j", "list", "table", family, table]).await?.is_some() {
+            run(&["delete", "table", family, table], None, "delete Flannel's table").await?;
+            removed.push(format!("table {family} {table}"));
+        }
+    }
+    Ok(removed)
+}
+
+/// Removes a chain from a table of iptables-nft, of both families, and what leads to it from
+/// `base`. Gives what was there.
+async fn remove_chain(table: &str, base: &str, chain: &str) -> Result<Vec<String>, ApplyError> {
     let mut removed = Vec::new();
     for family in ["ip", "ip6"] {
-        if list(family, OURS).await?.is_none() {
+        let list = async |chain| query(&["-j", "list", "chain", family, table, chain]).await;
+        if list(chain).await?.is_none() {
             continue;
         }
         let mut text = String::new();
-        if let Some(forward) = list(family, FORWARD).await? {
-            let ours =
-                objects(&forward).filter(|(kind, rule)| *kind == "rule" && jumps_there(rule));
-            for handle in ours.filter_map(|(_, rule)| rule["handle"].as_u64()) {
-                let _ = writeln!(text, "delete rule {family} {TABLE} {FORWARD} handle {handle}");
+        if let Some(listing) = list(base).await? {
+            let rules = objects(&listing).filter(|(kind, _)| *kind == "rule");
+            let jumps = rules.filter(|(_, rule)| jumps_to(rule, chain));
+            for handle in jumps.filter_map(|(_, rule)| rule["handle"].as_u64()) {
+                let _ = writeln!(text, "delete rule {family} {table} {base} handle {handle}");
             }
         }
-        let _ = writeln!(text, "flush chain {family} {TABLE} {OURS}");
-        let _ = writeln!(text, "delete chain {family} {TABLE} {OURS}");
-        run(&["-f", "-"], Some(&text), "remove our rules from table filter").await?;
-        removed.push(format!("chain {family} {TABLE} {OURS}"));
+        let _ = writeln!(text, "flush chain {family} {table} {chain}");
+        let _ = writeln!(text, "delete chain {family} {table} {chain}");
+        run(&["-f", "-"], Some(&text), "remove a chain of iptables").await?;
+        removed.push(format!("chain {family} {table} {chain}"));
     }
     Ok(removed)
 }
@@ -134,11 +154,12 @@ async fn list(family: &str, chain: &str) -> Result<Option<Value>, ApplyError> {
 
 /// Whether a listed chain sends everything through ours.
 fn jumps(listing: &Value) -> bool {
-    objects(listing).any(|(kind, rule)| kind == "rule" && jumps_there(rule))
+    rules(listing).iter().any(|rule| *rule == [&json!({"jump": {"target": OURS}})])
 }
 
-fn jumps_there(rule: &Value) -> bool {
-    statements(rule) == [&json!({"jump": {"target": OURS}})]
+/// Whether a rule leads to this chain, whatever it matches.
+fn jumps_to(rule: &Value, chain: &str) -> bool {
+    statements(rule).contains(&&json!({"jump": {"target": chain}}))
 }
 
 /// The statements of each rule in a listed chain, counters aside.

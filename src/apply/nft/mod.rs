@@ -25,6 +25,7 @@ use tokio::time::timeout;
 use super::{ApplyError, generation};
 pub(super) use forward::{
     accept as accept_forwarded, observe as observe_forwarded, remove as remove_forwarded,
+    remove_flannel,
 };
 pub(crate) use render::OUT as GUARD_CHAIN;
 use render::{IN, OUT, fits, render, render_anew};

@@ -1,0 +1,191 @@
+//! What Flannel leaves on a node. Its VXLAN devices become ours without going down, with their
+//! addresses and routes; everything else goes. And the way back.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use gambeson_mesh::desired::{LinkKind, NextHop, PEER_ROUTE_METRIC, Route, RouteKey, VtepEntry};
+use gambeson_mesh::family::Family;
+use gambeson_mesh::session::DeviceName;
+use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::route::{
+    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::ESRCH;
+
+use super::link::{self, Link};
+use super::netlink::{Netlink, family_of};
+use super::{ApplyError, route, vtep};
+
+/// Flannel's WireGuard devices.
+const WIREGUARD: [&str; 2] = ["flannel-wg", "flannel-wg-v6"];
+
+/// Flannel's VXLAN device of this family of the underlay.
+fn name(family: Family, vni: u32) -> String {
+    match family {
+        Family::V4 => format!("flannel.{vni}"),
+        Family::V6 => format!("flannel-v6.{vni}"),
+    }
+}
+
+/// Flannel's VXLAN devices that there are, and what they are to be.
+pub(super) async fn devices(
+    netlink: &mut Netlink,
+    vni: u32,
+) -> Result<Vec<(DeviceName, Link)>, ApplyError> {
+    let mut found = Vec::new();
+    for family in Family::ALL {
+        let link = link::find(netlink, &name(family, vni)).await?;
+        let is =
+            |link: &Link| matches!(link.kind, Some(LinkKind::Vxlan(own)) if own.vxlan.vni == vni);
+        if let Some(link) = link.filter(is) {
+            found.push((DeviceName::Vxlan(family), link));
+        }
+    }
+    Ok(found)
+}
+
+/// Where Flannel's routes lead that are to be taken over, under the names that its devices have
+/// now and will have.
+pub(super) async fn in_clear(
+    netlink: &mut Netlink,
+    vni: u32,
+) -> Result<BTreeMap<String, BTreeSet<IpNet>>, ApplyError> {
+    let mut found = BTreeMap::new();
+    for (device, link) in devices(netlink, vni).await? {
+        let routes = routes(netlink, link.index).await?;
+        let behind: BTreeSet<_> = routes.iter().map(|route| route.key.destination).collect();
+        found.insert(link.name, behind.clone());
+        found.insert(device.to_string(), behind);
+    }
+    Ok(found)
+}
+
+/// Takes over Flannel's VXLAN devices where `keep`, and removes them otherwise, and its
+/// WireGuard devices, which hold our port. Says what was done.
+pub(super) async fn take_over(
+    netlink: &mut Netlink,
+    vni: u32,
+    keep: bool,
+) -> Result<Vec<String>, ApplyError> {
+    let mut done = Vec::new();
+    for (device, link) in devices(netlink, vni).await? {
+        if keep && link::find(netlink, device.as_str()).await?.is_none() {
+            link::take_over(netlink, device, link.index).await?;
+            take_over_routes(netlink, device, link.index).await?;
+            done.push(format!("{} is {device}", link.name));
+        } else {
+            link::delete_foreign(netlink, &link).await?;
+            done.push(format!("- link {}", link.name));
+        }
+    }
+    for name in WIREGUARD {
+        if let Some(link) = link::find(netlink, name).await? {
+            link::delete_foreign(netlink, &link).await?;
+            done.push(format!("- link {name}"));
+        }
+    }
+    Ok(done)
+}
+
+/// Flannel's route to each peer becomes one of ours that leads the same way.
+async fn take_over_routes(
+    netlink: &mut Netlink,
+    device: DeviceName,
+    index: u32,
+) -> Result<(), ApplyError> {
+    for PeerRoute { key, gateway, message } in routes(netlink, index).await? {
+        let ours = RouteKey { destination: key.destination, metric: PEER_ROUTE_METRIC };
+        let next_hop = NextHop::Vtep { device, gateway };
+        route::put(netlink, ours, &Route { next_hop, mtu: None, source: None }).await?;
+        delete(netlink, key, message).await?;
+    }
+    Ok(())
+}
+
+/// Gives our VXLAN devices back to Flannel, with Flannel's routes and without a pause. The guard
+/// has to be gone: it does not know them by that name.
+pub(super) async fn hand_back(netlink: &mut Netlink) -> Result<Vec<String>, ApplyError> {
+    let mut done = Vec::new();
+    for family in Family::ALL {
+        let device = DeviceName::Vxlan(family);
+        let link = link::find(netlink, device.as_str()).await?.filter(|link| link.ours);
+        let Some((link, LinkKind::Vxlan(vxlan))) =
+            link.and_then(|link| Some((link.clone(), link.kind?)))
+        else {
+            continue;
+        };
+        let neighbours = vtep::observe(netlink, device, link.index).await?.neighbours;
+        for PeerRoute { key, gateway, .. } in routes(netlink, link.index).await? {
+            let base = key.destination.network();
+            if let Some(mac) = neighbours.get(&gateway) {
+                let entry = VtepEntry::Neighbour { gateway: base, mac: *mac };
+                vtep::put(netlink, device, entry).await?;
+            }
+            add(netlink, key, link.index).await?;
+            route::delete(netlink, key).await?;
+        }
+        let name = name(family, vxlan.vxlan.vni);
+        link::give_away(netlink, device, link.index, &name).await?;
+        done.push(format!("{device} is {name}"));
+    }
+    Ok(done)
+}
+
+/// Adds the route that Flannel has to another node's pods.
+async fn add(netlink: &mut Netlink, key: RouteKey, index: u32) -> Result<(), ApplyError> {
+    let destination = key.destination;
+    let mut message = RouteMessage::default();
+    let header = &mut message.header;
+    header.address_family = family_of(destination.addr());
+    header.destination_prefix_length = destination.prefix_len();
+    header.table = RouteHeader::RT_TABLE_MAIN;
+    header.protocol = RouteProtocol::Boot;
+    header.kind = RouteType::Unicast;
+    header.flags = RouteFlags::Onlink;
+    message.attributes.extend([
+        RouteAttribute::Destination(destination.network().into()),
+        RouteAttribute::Gateway(destination.network().into()),
+        RouteAttribute::Oif(index),
+    ]);
+    let flags = NLM_F_CREATE | NLM_F_REPLACE;
+    let added = netlink.change(RouteNetlinkMessage::NewRoute(message), flags).await;
+    added.map_err(|source| ApplyError::PutRoute { key, source })
+}
+
+/// A route to another node's pods.
+struct PeerRoute {
+    key: RouteKey,
+    gateway: IpAddr,
+    message: RouteMessage,
+}
+
+/// The routes to peers that lead out of a link.
+async fn routes(netlink: &mut Netlink, index: u32) -> Result<Vec<PeerRoute>, ApplyError> {
+    let mut found = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        for message in route::dump(netlink, family, RouteProtocol::Unspec).await? {
+            if let (true, Some(key), Some(gateway)) = (
+                route::output_link(&message) == Some(index),
+                route::key_of(&message),
+                route::gateway(&message),
+            ) {
+                found.push(PeerRoute { key, gateway, message });
+            }
+        }
+    }
+    Ok(found)
+}
+
+async fn delete(
+    netlink: &mut Netlink,
+    key: RouteKey,
+    message: RouteMessage,
+) -> Result<(), ApplyError> {
+    match netlink.change(RouteNetlinkMessage::DelRoute(message), 0).await {
+        Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(()),
+        result => result.map_err(|source| ApplyError::DeleteRoute { key, source }),
+    }
+}

@@ -1,0 +1,89 @@
+//! A cluster moves from Flannel to Gambeson, node by node, and back, while all pods talk.
+
+use std::time::Duration;
+
+use gambeson_lab::traffic::{Rate, Traffic};
+use gambeson_lab::{CONF_DIR, Family, Lab, Node, Options, Transports, WireguardMode};
+
+use crate::changeover::moved;
+use crate::common::agent::status_when;
+use crate::common::lab::lab_up;
+use crate::common::scenario::{options, run};
+
+const GAMBESON: &str = env!("CARGO_BIN_EXE_gambeson");
+/// Until the last packet has arrived.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// A cluster of Flannel's, whose agents-to-be accept this.
+fn flannels(nodes: u8, transports: &str) -> Lab {
+    let transports = Transports::parse(&[transports.to_owned()]).unwrap();
+    let options =
+        Options { nodes, flannel_nodes: nodes, transports, ..options(WireguardMode::Userspace) };
+    let dual = Options { underlay: Family::Dual, pods: Family::Dual, ..options };
+    lab_up(Options { admission: false, ..dual })
+}
+
+/// Numbered packets between all pairs of nodes, both ways, over both families.
+fn traffic(lab: &Lab) -> Traffic {
+    let pods = lab.pods();
+    let pairs: Vec<_> = pods
+        .iter()
+        .enumerate()
+        .flat_map(|(index, one)| pods[index + 1..].iter().map(move |other| (*one, *other)))
+        .collect();
+    Traffic::start(&pairs, Rate { packets_per_second: 50, payload: 256 }).unwrap()
+}
+
+fn assert_perfect(traffic: Traffic) {
+    for report in traffic.finish(GRACE) {
+        assert!(report.is_perfect(), "{report:#?}");
+    }
+}
+
+fn to_gambeson(lab: &Lab, node: Node<'_>) {
+    node.stop_agent().unwrap();
+    node.start_agent().unwrap();
+    let others = lab.nodes().len() - 1;
+    status_when(node, "has every other node", |status| {
+        status.ready && status.peers.len() == others && status.errors.is_empty()
+    });
+}
+
+fn to_flannel(node: Node<'_>) {
+    node.stop_agent().unwrap();
+    let uninstall = "uninstall --allow-plaintext --to-flannel --cni-conf-dir";
+    run(&node.environment(), &format!("{GAMBESON} {uninstall} {CONF_DIR}"));
+    node.start_flannel().unwrap();
+}
+
+#[test]
+fn a_cluster_moves_over_to_wireguard_and_back_without_losing_a_packet() {
+    let lab = flannels(6, "wireguard,vxlan");
+    let packets = traffic(&lab);
+    for node in lab.nodes() {
+        to_gambeson(&lab, node);
+    }
+    for node in lab.nodes() {
+        moved(node, "wireguard-userspace");
+    }
+    assert_perfect(packets);
+    for node in lab.nodes() {
+        let left = run(&node.environment(), "ip -br link; ip route; nft list tables");
+        assert!(!left.contains("flannel"), "{left}");
+    }
+
+    let packets = traffic(&lab);
+    for node in lab.nodes() {
+        node.set_transports(&Transports::list("vxlan").unwrap()).unwrap();
+    }
+    for node in lab.nodes() {
+        moved(node, "vxlan");
+    }
+    lab.nodes().into_iter().for_each(to_flannel);
+    assert_perfect(packets);
+    for node in lab.nodes() {
+        let left = run(&node.environment(), "ip -br link; ip route; ip rule; nft list tables");
+        assert!(left.contains("flannel.1") && left.contains("flannel-ipv4"), "{left}");
+        assert!(!left.contains("gambeson") && !left.contains("proto 151"), "{left}");
+    }
+}
