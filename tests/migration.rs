@@ -1,9 +1,12 @@
 //! A cluster moves from Flannel to Gambeson, node by node, and back, while all pods talk.
 
+use std::thread::sleep;
 use std::time::Duration;
 
 use gambeson_lab::traffic::{Rate, Traffic};
 use gambeson_lab::{CONF_DIR, Family, Lab, Node, Options, Transports, WireguardMode};
+
+use gambeson_mesh::node::Transport;
 
 use crate::changeover::moved;
 use crate::common::agent::status_when;
@@ -15,10 +18,15 @@ const GAMBESON: &str = env!("CARGO_BIN_EXE_gambeson");
 const GRACE: Duration = Duration::from_secs(2);
 
 /// A cluster of Flannel's, whose agents-to-be accept this.
-fn flannels(nodes: u8, transports: &str) -> Lab {
+fn flannels(nodes: u8, flannel_backend: Transport, transports: &str) -> Lab {
     let transports = Transports::parse(&[transports.to_owned()]).unwrap();
-    let options =
-        Options { nodes, flannel_nodes: nodes, transports, ..options(WireguardMode::Userspace) };
+    let options = Options {
+        nodes,
+        flannel_nodes: nodes,
+        flannel_backend,
+        transports,
+        ..options(WireguardMode::Userspace)
+    };
     let dual = Options { underlay: Family::Dual, pods: Family::Dual, ..options };
     lab_up(Options { admission: false, ..dual })
 }
@@ -58,7 +66,7 @@ fn to_flannel(node: Node<'_>) {
 
 #[test]
 fn a_cluster_moves_over_to_wireguard_and_back_without_losing_a_packet() {
-    let lab = flannels(6, "wireguard,vxlan");
+    let lab = flannels(6, Transport::Vxlan, "wireguard,vxlan");
     let packets = traffic(&lab);
     for node in lab.nodes() {
         to_gambeson(&lab, node);
@@ -86,4 +94,48 @@ fn a_cluster_moves_over_to_wireguard_and_back_without_losing_a_packet() {
         assert!(left.contains("flannel.1") && left.contains("flannel-ipv4"), "{left}");
         assert!(!left.contains("gambeson") && !left.contains("proto 151"), "{left}");
     }
+}
+
+#[test]
+fn direct_routes_are_taken_over_without_losing_a_packet() {
+    let lab = flannels(3, Transport::HostGw, "wireguard,host-gw");
+    let packets = traffic(&lab);
+    for node in lab.nodes() {
+        to_gambeson(&lab, node);
+    }
+    for node in lab.nodes() {
+        moved(node, "wireguard-userspace");
+    }
+    for node in lab.nodes() {
+        node.set_transports(&Transports::list("host-gw").unwrap()).unwrap();
+    }
+    for node in lab.nodes() {
+        moved(node, "host-gw");
+    }
+    lab.nodes().into_iter().for_each(to_flannel);
+    assert_perfect(packets);
+    let left = run(&lab.nodes()[0].environment(), "ip route; ip -6 route");
+    assert!(left.contains("10.244.2.0/24 via 192.168.240.2") && !left.contains("151"), "{left}");
+}
+
+/// Flannel's device has to go before ours has its port, and the key is a new one: packets are
+/// lost from the one until both ends have shaken hands again.
+#[test]
+fn wireguard_loses_less_than_a_second_per_node() {
+    let lab = flannels(3, Transport::Wireguard, "wireguard");
+    for node in lab.nodes() {
+        let packets = traffic(&lab);
+        to_gambeson(&lab, node);
+        sleep(Duration::from_secs(2));
+        let pod = node.pods()[0].name();
+        for report in packets.finish(GRACE) {
+            let concerned = report.from == pod || report.to == pod;
+            println!("{}: {} to {}, {} lost", node.name(), report.from, report.to, report.lost);
+            assert!(report.longest_gap_ms < 1_000, "{report:#?}");
+            assert!(concerned || report.is_perfect(), "{report:#?}");
+        }
+    }
+    let packets = traffic(&lab);
+    sleep(Duration::from_secs(1));
+    assert_perfect(packets);
 }

@@ -136,7 +136,7 @@ struct UpArgs {
     /// The agents of the others are started with --flannel-compat.
     #[arg(long, value_name = "N", default_value_t = 0)]
     flannel_nodes: u8,
-    /// Flannel's backend on these: vxlan or host-gw
+    /// Flannel's backend on these: vxlan, host-gw or wireguard
     #[arg(long, value_name = "BACKEND", default_value = "vxlan", value_parser = backend)]
     flannel_backend: Transport,
     /// MTU of the underlay in bytes, 1360 to 65535
@@ -244,8 +244,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
 }
 
 fn backend(name: &str) -> Result<Transport, String> {
-    let backend = Transport::parse(name).filter(|backend| !backend.is_encrypted());
-    backend.ok_or_else(|| "give vxlan or host-gw".to_owned())
+    Transport::parse(name).ok_or_else(|| "give vxlan, host-gw or wireguard".to_owned())
 }
 
 fn usage(error: OptionsError) -> Failure {

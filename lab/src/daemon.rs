@@ -126,6 +126,8 @@ pub(super) fn start_flannel(options: &Options, node: NodeIndex) -> Result<Proces
         .args(["--api", &options.api_url(node), "--node", &node.name()])
         .args(["--iface", UNDERLAY_INTERFACE, "--net-config-path", NET_CONF])
         .args(["--subnet-file", SUBNET_ENV, "--cni-conf-dir", CONF_DIR])
+        .arg("--tunnel-program")
+        .arg(&options.binary)
         .stdin(Stdio::null())
         .stdout(open_log(&log)?)
         .stderr(open_log(&log)?)

@@ -24,7 +24,7 @@ use tracing::{debug, info, warn};
 
 use super::words::{self, chain, describe};
 use super::{AgentError, advice, overlap, preflight};
-use crate::apply::{ApplyError, Kernel};
+use crate::apply::{ApplyError, Flannel, Kernel};
 use crate::cluster::{NodeStore, Publication};
 use crate::cni::link::Places;
 use crate::cni::versions;
@@ -139,9 +139,7 @@ impl Reconciler {
         self.execute(&Plan::fail_closed(&desired), &mut pass).await?;
         if self.config.flannel.is_some() {
             // Packets pass all the while: the guard knows the devices by either name.
-            let Backend { transports, vxlan } = &self.config.backend;
-            let taken = self.kernel.take_over_flannel(transports, vxlan.vni).await;
-            match taken {
+            match self.kernel.take_over_flannel(&flannel(&self.config)).await {
                 Ok(what) if what.is_empty() => {}
                 Ok(what) => info!(what = what.join(", "), "took over from Flannel"),
                 Err(error) => pass.problems.push(chain(&error)),
@@ -184,8 +182,12 @@ impl Reconciler {
         let local = self.local("", BTreeSet::new(), &Underlay::unknown());
         let mut desired = transport::desired(&Mesh::default(), &local, &Changes::new());
         if local.transports.iter().any(|transport| !transport.is_encrypted()) {
-            let flannels = local.flannel.map(|_| local.vxlan.vni);
-            desired.ruleset.plaintext = self.kernel.in_clear(&local.transports, flannels).await;
+            desired.ruleset.plaintext = self.kernel.in_clear(&local.transports).await;
+        }
+        if local.flannel.is_some() {
+            for (link, behind) in self.kernel.flannel_in_clear(&flannel(&self.config)).await {
+                desired.ruleset.plaintext.entry(link).or_default().extend(behind);
+            }
         }
         desired
     }
@@ -649,6 +651,12 @@ impl Underlay {
     fn unknown() -> Self {
         Self { name: String::new(), index: 0, mtu: 0, endpoints: Endpoints::default() }
     }
+}
+
+/// What is to be taken over from Flannel.
+fn flannel(config: &Config) -> Flannel<'_> {
+    let Backend { transports, vxlan } = &config.backend;
+    Flannel { vni: vxlan.vni, accepted: transports, networks: &config.cluster_networks }
 }
 
 fn publish(publication: &watch::Sender<Option<Publication>>, wanted: Publication) {

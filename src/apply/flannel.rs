@@ -4,8 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use gambeson_mesh::desired::{LinkKind, NextHop, PEER_ROUTE_METRIC, Route, RouteKey, VtepEntry};
+use gambeson_mesh::desired::{
+    LinkKind, NextHop, PEER_ROUTE_METRIC, ROUTE_PROTOCOL, Route, RouteKey, VtepEntry,
+};
 use gambeson_mesh::family::Family;
+use gambeson_mesh::node::Transport;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
@@ -21,6 +24,17 @@ use super::{ApplyError, route, vtep};
 
 /// Flannel's WireGuard devices.
 const WIREGUARD: [&str; 2] = ["flannel-wg", "flannel-wg-v6"];
+
+/// What of Flannel's is looked for, and what of it may go on.
+#[derive(Debug, Clone, Copy)]
+pub struct Flannel<'a> {
+    /// Of its VXLAN devices.
+    pub vni: u32,
+    /// Transports that this node accepts.
+    pub accepted: &'a BTreeSet<Transport>,
+    /// The cluster networks.
+    pub networks: &'a BTreeSet<IpNet>,
+}
 
 /// Flannel's VXLAN device of this family of the underlay.
 fn name(family: Family, vni: u32) -> String {
@@ -47,14 +61,21 @@ pub(super) async fn devices(
     Ok(found)
 }
 
-/// Where Flannel's routes lead that are to be taken over, under the names that its devices have
-/// now and will have.
+/// Where Flannel's routes lead that are to be taken over by transports that are `accepted`, under
+/// the names that its devices have now and will have.
 pub(super) async fn in_clear(
     netlink: &mut Netlink,
-    vni: u32,
+    flannel: &Flannel<'_>,
 ) -> Result<BTreeMap<String, BTreeSet<IpNet>>, ApplyError> {
-    let mut found = BTreeMap::new();
-    for (device, link) in devices(netlink, vni).await? {
+    let mut found: BTreeMap<String, BTreeSet<IpNet>> = BTreeMap::new();
+    if flannel.accepted.contains(&Transport::HostGw) {
+        for (link, PeerRoute { key, gateway, .. }) in direct_routes(netlink, flannel).await? {
+            let name = link::name(netlink, link).await?;
+            found.entry(name).or_default().extend([key.destination, IpNet::from(gateway)]);
+        }
+    }
+    let vxlan = flannel.accepted.contains(&Transport::Vxlan);
+    for (device, link) in devices(netlink, flannel.vni).await?.into_iter().filter(|_| vxlan) {
         let routes = routes(netlink, link.index).await?;
         let behind: BTreeSet<_> = routes.iter().map(|route| route.key.destination).collect();
         found.insert(link.name, behind.clone());
@@ -63,15 +84,24 @@ pub(super) async fn in_clear(
     Ok(found)
 }
 
-/// Takes over Flannel's VXLAN devices where `keep`, and removes them otherwise, and its
-/// WireGuard devices, which hold our port. Says what was done.
+/// Takes over Flannel's VXLAN devices and direct routes where these transports are accepted, and
+/// removes them otherwise, and its WireGuard devices, which hold our port. Says what was done.
 pub(super) async fn take_over(
     netlink: &mut Netlink,
-    vni: u32,
-    keep: bool,
+    flannel: &Flannel<'_>,
 ) -> Result<Vec<String>, ApplyError> {
     let mut done = Vec::new();
-    for (device, link) in devices(netlink, vni).await? {
+    for (link, PeerRoute { key, gateway, message }) in direct_routes(netlink, flannel).await? {
+        let ours = RouteKey { destination: key.destination, metric: PEER_ROUTE_METRIC };
+        if flannel.accepted.contains(&Transport::HostGw) {
+            let next_hop = NextHop::Node { link, gateway };
+            route::put(netlink, ours, &Route { next_hop, mtu: None, source: None }).await?;
+        }
+        delete(netlink, key, message).await?;
+        done.push(format!("route {}", key.destination));
+    }
+    let keep = flannel.accepted.contains(&Transport::Vxlan);
+    for (device, link) in devices(netlink, flannel.vni).await? {
         if keep && link::find(netlink, device.as_str()).await?.is_none() {
             link::take_over(netlink, device, link.index).await?;
             take_over_routes(netlink, device, link.index).await?;
@@ -105,7 +135,7 @@ async fn take_over_routes(
     Ok(())
 }
 
-/// Gives our VXLAN devices back to Flannel, with Flannel's routes and without a pause. The guard
+/// Gives our VXLAN devices and direct routes back to Flannel, with Flannel's routes and without a pause. The guard
 /// has to be gone: it does not know them by that name.
 pub(super) async fn hand_back(netlink: &mut Netlink) -> Result<Vec<String>, ApplyError> {
     let mut done = Vec::new();
@@ -124,18 +154,30 @@ pub(super) async fn hand_back(netlink: &mut Netlink) -> Result<Vec<String>, Appl
                 let entry = VtepEntry::Neighbour { gateway: base, mac: *mac };
                 vtep::put(netlink, device, entry).await?;
             }
-            add(netlink, key, link.index).await?;
+            add(netlink, key, link.index, (base, RouteFlags::Onlink)).await?;
             route::delete(netlink, key).await?;
         }
         let name = name(family, vxlan.vxlan.vni);
         link::give_away(netlink, device, link.index, &name).await?;
         done.push(format!("{device} is {name}"));
     }
+    for (link, PeerRoute { key, gateway, message }) in all_routes(netlink).await? {
+        if message.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
+            add(netlink, key, link, (gateway, RouteFlags::empty())).await?;
+            route::delete(netlink, key).await?;
+            done.push(format!("route {}", key.destination));
+        }
+    }
     Ok(done)
 }
 
 /// Adds the route that Flannel has to another node's pods.
-async fn add(netlink: &mut Netlink, key: RouteKey, index: u32) -> Result<(), ApplyError> {
+async fn add(
+    netlink: &mut Netlink,
+    key: RouteKey,
+    index: u32,
+    (gateway, flags): (IpAddr, RouteFlags),
+) -> Result<(), ApplyError> {
     let destination = key.destination;
     let mut message = RouteMessage::default();
     let header = &mut message.header;
@@ -144,10 +186,10 @@ async fn add(netlink: &mut Netlink, key: RouteKey, index: u32) -> Result<(), App
     header.table = RouteHeader::RT_TABLE_MAIN;
     header.protocol = RouteProtocol::Boot;
     header.kind = RouteType::Unicast;
-    header.flags = RouteFlags::Onlink;
+    header.flags = flags;
     message.attributes.extend([
         RouteAttribute::Destination(destination.network().into()),
-        RouteAttribute::Gateway(destination.network().into()),
+        RouteAttribute::Gateway(gateway.into()),
         RouteAttribute::Oif(index),
     ]);
     let flags = NLM_F_CREATE | NLM_F_REPLACE;
@@ -164,15 +206,37 @@ struct PeerRoute {
 
 /// The routes to peers that lead out of a link.
 async fn routes(netlink: &mut Netlink, index: u32) -> Result<Vec<PeerRoute>, ApplyError> {
+    let all = all_routes(netlink).await?;
+    Ok(all.into_iter().filter(|(link, _)| *link == index).map(|(_, route)| route).collect())
+}
+
+/// Flannel's routes of host-gw, with the link that each leads out of: into the cluster networks,
+/// by a router, and with the protocol of whoever sets none.
+async fn direct_routes(
+    netlink: &mut Netlink,
+    flannel: &Flannel<'_>,
+) -> Result<Vec<(u32, PeerRoute)>, ApplyError> {
+    let mut all = all_routes(netlink).await?;
+    all.retain(|(_, PeerRoute { key, message, .. })| {
+        let header = &message.header;
+        let destination = &key.destination;
+        let within = |network: &IpNet| network.contains(destination) && network != destination;
+        header.protocol == RouteProtocol::Boot
+            && !header.flags.contains(RouteFlags::Onlink)
+            && flannel.networks.iter().any(within)
+    });
+    Ok(all)
+}
+
+/// Every route with a router, and its link.
+async fn all_routes(netlink: &mut Netlink) -> Result<Vec<(u32, PeerRoute)>, ApplyError> {
     let mut found = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         for message in route::dump(netlink, family, RouteProtocol::Unspec).await? {
-            if let (true, Some(key), Some(gateway)) = (
-                route::output_link(&message) == Some(index),
-                route::key_of(&message),
-                route::gateway(&message),
-            ) {
-                found.push(PeerRoute { key, gateway, message });
+            if let (Some(link), Some(key), Some(gateway)) =
+                (route::output_link(&message), route::key_of(&message), route::gateway(&message))
+            {
+                found.push((link, PeerRoute { key, gateway, message }));
             }
         }
     }

@@ -37,6 +37,7 @@ pub use events::Events;
 pub(crate) use nft::GUARD_CHAIN;
 pub use nft::GuardDrops;
 
+pub use flannel::Flannel;
 use netlink::Netlink;
 use wireguard::Tunnels;
 
@@ -242,43 +243,33 @@ impl Kernel {
         on_link
     }
 
-    /// What our routes lead to in clear by transports that are `allowed`, by the name of the link,
-    /// and what those of Flannel lead to that are to be taken over, with its VNI. Nothing, when
-    /// they cannot be read.
+    /// What our routes lead to in clear by transports that are `accepted`, by the name of the link.
+    /// Nothing, when they cannot be read.
     pub async fn in_clear(
         &mut self,
-        allowed: &BTreeSet<Transport>,
-        flannel: Option<u32>,
+        accepted: &BTreeSet<Transport>,
     ) -> BTreeMap<String, BTreeSet<IpNet>> {
-        let netlink = &mut self.netlink;
-        let found = async {
-            let mut found = route::in_clear(netlink, allowed).await?;
-            if let Some(vni) = flannel.filter(|_| allowed.contains(&Transport::Vxlan)) {
-                for (link, behind) in flannel::in_clear(netlink, vni).await? {
-                    found.entry(link).or_default().extend(behind);
-                }
-            }
-            Ok(found)
-        };
-        found.await.unwrap_or_else(|error: ApplyError| {
-            tracing::debug!(%error, "the routes in clear cannot be read");
-            BTreeMap::new()
-        })
+        found(route::in_clear(&mut self.netlink, accepted).await)
     }
 
-    /// Takes over what Flannel left here, with this VNI: its VXLAN devices and their routes where
-    /// VXLAN is `accepted`, as they are and without a pause. The rest of it goes. Says what was
-    /// done.
+    /// What those of Flannel's lead to that are to be taken over. Nothing, when they cannot be read.
+    pub async fn flannel_in_clear(
+        &mut self,
+        flannel: &Flannel<'_>,
+    ) -> BTreeMap<String, BTreeSet<IpNet>> {
+        found(flannel::in_clear(&mut self.netlink, flannel).await)
+    }
+
+    /// Takes over what Flannel left here: its VXLAN devices and routes where these are accepted,
+    /// as they are and without a pause. The rest of it goes. Says what was done.
     ///
     /// # Errors
     /// The operation that failed.
     pub async fn take_over_flannel(
         &mut self,
-        accepted: &BTreeSet<Transport>,
-        vni: u32,
+        flannel: &Flannel<'_>,
     ) -> Result<Vec<String>, ApplyError> {
-        let keep = accepted.contains(&Transport::Vxlan);
-        let mut done = flannel::take_over(&mut self.netlink, vni, keep).await?;
+        let mut done = flannel::take_over(&mut self.netlink, flannel).await?;
         done.extend(nft::remove_flannel().await?);
         Ok(done)
     }
@@ -458,4 +449,14 @@ impl Kernel {
             *pinned != device || state.is_some_and(|state| state.peers.contains_key(key))
         });
     }
+}
+
+/// What is in clear, as far as it can be read.
+fn found(
+    read: Result<BTreeMap<String, BTreeSet<IpNet>>, ApplyError>,
+) -> BTreeMap<String, BTreeSet<IpNet>> {
+    read.unwrap_or_else(|error| {
+        tracing::debug!(%error, "the routes in clear cannot be read");
+        BTreeMap::new()
+    })
 }

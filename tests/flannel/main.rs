@@ -1,11 +1,11 @@
 //! Stands in for flanneld on a node of a lab: the annotations, devices, routes, subnet.env and
-//! firewall of Flannel v0.28 with the backends vxlan and host-gw, and nothing of its code. As
-//! flanneld it leaves everything as it is when it ends.
+//! firewall of Flannel v0.28 with the backends vxlan, host-gw and wireguard (`Mode` auto), and
+//! nothing of its code. As flanneld it leaves everything as it is when it ends.
 
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread::sleep;
@@ -20,6 +20,8 @@ type Failure = Box<dyn Error>;
 
 /// How often the Nodes are read; flanneld watches them.
 const PAUSE: Duration = Duration::from_millis(100);
+const WIREGUARD: &str = "flannel-wg";
+const WIREGUARD_PORT: u16 = 51820;
 const PREFIX: &str = "flannel.alpha.coreos.com";
 
 #[derive(Debug, Parser)]
@@ -36,6 +38,9 @@ struct Args {
     subnet_file: PathBuf,
     #[arg(long)]
     cni_conf_dir: PathBuf,
+    /// Serves flannel-wg, since a kernel in CI may have no WireGuard.
+    #[arg(long)]
+    tunnel_program: PathBuf,
 }
 
 /// One family of the cluster and of this node.
@@ -50,6 +55,8 @@ struct Family {
 struct Lease {
     address: IpAddr,
     mac: Option<String>,
+    key: Option<String>,
+    port: u64,
 }
 
 struct Flannel {
@@ -108,10 +115,11 @@ impl Flannel {
             families,
             leases: BTreeMap::new(),
         };
-        if flannel.kind == "vxlan" {
-            let overheads = flannel.families.iter().map(|family| overhead(family.address));
-            flannel.mtu -= overheads.max().unwrap_or(0);
-        }
+        flannel.mtu -= match flannel.kind.as_str() {
+            "vxlan" => flannel.families.iter().map(|f| overhead(f.address)).max().unwrap_or(0),
+            "wireguard" => 80,
+            _ => 0,
+        };
         for path in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
             fs::write(Path::new("/proc/sys/net").join(path), "1")?;
         }
@@ -122,6 +130,7 @@ impl Flannel {
     }
 
     fn acquire(&self, node: &Value) -> Result<(), Failure> {
+        let key = (self.kind == "wireguard").then(|| self.wireguard()).transpose()?;
         let mut annotations = json!({ format!("{PREFIX}/kube-subnet-manager"): "true" });
         annotations[format!("{PREFIX}/backend-type")] = self.kind.clone().into();
         for family in &self.families {
@@ -135,7 +144,10 @@ impl Flannel {
                     let mac = self.vxlan(family, before["VtepMAC"].as_str())?;
                     format!("{{\"VNI\":{},\"VtepMAC\":\"{mac}\"}}", self.vni)
                 }
-                _ => "null".to_owned(),
+                _ => match &key {
+                    Some(key) => format!("{{\"PublicKey\":\"{key}\",\"Port\":{WIREGUARD_PORT}}}"),
+                    None => "null".to_owned(),
+                },
             };
             annotations[data] = value.into();
             annotations[ip] = family.address.to_string().into();
@@ -179,6 +191,27 @@ impl Flannel {
         let mtu = self.underlay_mtu - overhead(family.address);
         run("ip", &["link", "set", &name, "mtu", &mtu.to_string(), "up"])?;
         Ok(show()?[0]["address"].as_str().ok_or("no MAC")?.to_owned())
+    }
+
+    /// The device with a key that is made once, and anew each time, as flanneld does.
+    fn wireguard(&self) -> Result<String, Failure> {
+        let file = self.args.subnet_file.with_file_name("wgkey");
+        if !file.exists() {
+            fs::create_dir_all(file.parent().ok_or("no folder")?)?;
+            fs::write(&file, output("wg", &["genkey"])?)?;
+        }
+        let _ = run("ip", &["link", "del", WIREGUARD]);
+        let program = self.args.tunnel_program.to_str().ok_or("not UTF-8")?;
+        run(program, &["tunnel", WIREGUARD])?;
+        let (port, file) = (WIREGUARD_PORT.to_string(), file.display().to_string());
+        run("wg", &["set", WIREGUARD, "listen-port", &port, "private-key", &file])?;
+        for family in &self.families {
+            let base = IpNet::from(family.subnet.network()).to_string();
+            run("ip", &["addr", "replace", &base, "dev", WIREGUARD])?;
+        }
+        run("ip", &["link", "set", WIREGUARD, "mtu", &self.mtu.to_string(), "up"])?;
+        let key = output("wg", &["show", WIREGUARD, "public-key"])?;
+        Ok(String::from_utf8(key)?.trim().to_owned())
     }
 
     /// As with `EnableNFTables`.
@@ -251,9 +284,18 @@ impl Flannel {
                 let Some(address) = annotations[ip].as_str() else { continue };
                 let data: Value =
                     serde_json::from_str(annotations[data].as_str().unwrap_or("null"))?;
-                let mac = data["VtepMAC"].as_str().map(str::to_owned);
-                leases.insert(subnet, Lease { address: address.parse()?, mac });
+                let text = |name: &str| data[name].as_str().map(str::to_owned);
+                let lease = Lease {
+                    address: address.parse()?,
+                    mac: text("VtepMAC"),
+                    key: text("PublicKey"),
+                    port: data["Port"].as_u64().unwrap_or(WIREGUARD_PORT.into()),
+                };
+                leases.insert(subnet, lease);
             }
+        }
+        if self.kind == "wireguard" && self.leases != leases {
+            self.set_peers(&leases)?;
         }
         for (subnet, lease) in std::mem::take(&mut self.leases) {
             if leases.get(&subnet) != Some(&lease) {
@@ -271,9 +313,33 @@ impl Flannel {
         Ok(())
     }
 
+    /// One tunnel for both families: each key with all of its subnets, over IPv4 if it can be.
+    fn set_peers(&self, leases: &BTreeMap<IpNet, Lease>) -> Result<(), Failure> {
+        let mut peers: BTreeMap<&str, (Vec<String>, &Lease)> = BTreeMap::new();
+        for (subnet, lease) in leases {
+            let Some(key) = &lease.key else { continue };
+            peers.entry(key).or_insert((Vec::new(), lease)).0.push(subnet.to_string());
+        }
+        for key in self.leases.values().filter_map(|lease| lease.key.as_deref()) {
+            if !peers.contains_key(key) {
+                run("wg", &["set", WIREGUARD, "peer", key, "remove"])?;
+            }
+        }
+        for (key, (subnets, lease)) in peers {
+            let endpoint = SocketAddr::new(lease.address, u16::try_from(lease.port)?).to_string();
+            let allowed = subnets.join(",");
+            let peer = ["set", WIREGUARD, "peer", key, "endpoint", &endpoint];
+            run("wg", &[&peer[..], &["allowed-ips", &allowed]].concat())?;
+        }
+        Ok(())
+    }
+
     fn add(&self, subnet: &IpNet, lease: &Lease) -> Result<(), Failure> {
         let (cidr, base) = (subnet.to_string(), subnet.network().to_string());
         let node = lease.address.to_string();
+        if lease.key.is_some() {
+            return run("ip", &["route", "replace", &cidr, "dev", WIREGUARD]);
+        }
         let Some(mac) = &lease.mac else {
             return run("ip", &["route", "replace", &cidr, "via", &node, "dev", &self.args.iface]);
         };
@@ -291,6 +357,8 @@ impl Flannel {
             let _ = run("ip", &["route", "del", &cidr, "via", &base, "dev", &device]);
             let _ = run("bridge", &["fdb", "del", mac, "dev", &device]);
             let _ = run("ip", &["neigh", "del", &base, "dev", &device]);
+        } else if lease.key.is_some() {
+            let _ = run("ip", &["route", "del", &cidr, "dev", WIREGUARD]);
         } else {
             let _ = run("ip", &["route", "del", &cidr, "via", &lease.address.to_string()]);
         }
