@@ -136,6 +136,25 @@ fn what_may_be_written_passes() {
     }
 }
 
+/// Where Flannel still runs, its annotations are the agent's to write as well, on its own Node.
+#[test]
+fn flannels_annotations_are_written_where_the_chart_says_so() {
+    let values = ["flannel=vxlan", "transports={wireguard,vxlan}"];
+    let with_flannel = Policies::from_objects(&rendered(&values)).unwrap();
+    let old = node();
+    let data = "/metadata/annotations/flannel.alpha.coreos.com~1backend-data";
+    let new = with(node(), data, "null".into());
+    let judge = |policies: &Policies, user: &User| {
+        let resource = "nodes/status";
+        let review = Review { user, operation: "UPDATE", resource, object: &new, old: Some(&old) };
+        policies.judge(&review).err()
+    };
+    assert_eq!(judge(&with_flannel, &agent("node-1")), None);
+    assert_eq!(judge(&with_flannel, &user("flannel", "system:serviceaccounts")), None);
+    assert!(judge(&with_flannel, &agent("node-2")).is_some());
+    assert!(judge(&policies(), &agent("node-1")).unwrap().contains("and no others"));
+}
+
 #[test]
 fn what_may_not_is_refused_with_what_to_do() {
     let long = "x".repeat(513);

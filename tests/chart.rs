@@ -13,10 +13,11 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Versions of Kubernetes that the chart supports.
 const VERSIONS: [&str; 8] = ["1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37"];
 /// Sets of values, together every branch of the templates.
-const MATRIX: [&[&str]; 6] = [
+const MATRIX: [&[&str]; 7] = [
     &[],
     &["podCidr=", "podCidrv6=fd00:10:244::/48", "mtu=1400", "iface=eth1", "wireguard=kernel"],
     &["podCidrv6=fd00:10:244::/48", "ipMasq=false", "extraArgs={--bridge=br7}", "port=51900"],
+    &["flannel=vxlan", "transports={wireguard,vxlan}", "port=51900"],
     &["metrics.enabled=true", "metrics.serviceMonitor.enabled=true", "resourceQuota=true"],
     &["metrics.dashboard.enabled=true", "imagePullSecrets[0].name=x", "transports={vxlan,host-gw}"],
     &[
@@ -124,6 +125,8 @@ fn wrong_values_are_refused_by_name() {
         ("metrics.enable=true", "'enable' not allowed"),
         ("wireguard=fast", "/wireguard"),
         ("transports={wireguard,udp}", "/transports/1"),
+        ("flannel=udp", "/flannel"),
+        ("flannel=vxlan", "transports: name vxlan as well"),
         ("mtu=1000", "/mtu"),
         ("port=65530", "/port"),
         ("image.digest=sha256:12", "/image/digest"),

@@ -25,7 +25,12 @@ app.kubernetes.io/part-of: gambeson
 {{- if not (or .Values.podCidr .Values.podCidrv6) -}}
 {{- fail "podCidr: give the cluster's pod network, or podCidrv6 for one of IPv6 alone" -}}
 {{- end -}}
-{{- $backend := dict "Type" "wireguard" "ListenPort" (int .Values.port) -}}
+{{- if and .Values.flannel (not (has .Values.flannel .Values.transports)) -}}
+{{- fail (printf "transports: name %s as well, by which nodes of Flannel are reached" .Values.flannel) -}}
+{{- end -}}
+{{- $backend := dict "Type" (.Values.flannel | default "wireguard") -}}
+{{- if has "wireguard" .Values.transports }}{{ $_ := set $backend "ListenPort" (int .Values.port) }}{{ end -}}
+{{- $_ := set $backend "Transports" .Values.transports -}}
 {{- if .Values.mtu }}{{ $_ := set $backend "MTU" (int .Values.mtu) }}{{ end -}}
 {{- $conf := dict "EnableIPv4" (ne .Values.podCidr "") "EnableIPv6" (ne .Values.podCidrv6 "") "Backend" $backend -}}
 {{- if .Values.podCidr }}{{ $_ := set $conf "Network" .Values.podCidr }}{{ end -}}
