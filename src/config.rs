@@ -2,15 +2,17 @@
 //! and the checked [`Config`] made of it. Names that Flannel has keep Flannel's meaning.
 
 mod check;
+mod k3s;
 mod net_conf;
 mod net_conf_watch;
+mod options;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use gambeson_mesh::family::Family;
-use gambeson_mesh::node::{DEFAULT_PORT, DEFAULT_PREFIX, MAX_PORT, Transport};
+use gambeson_mesh::node::{DEFAULT_PORT, MAX_PORT, Transport};
 use ipnet::IpNet;
 use regex::Regex;
 
@@ -22,253 +24,13 @@ use check::{
 pub use net_conf::Backend;
 use net_conf::NetConf;
 pub use net_conf_watch::{NetConfWatch, Reading};
+pub use options::{DEFAULT_KEY_FILE, DEFAULT_SOCKET, K3sBackend, Options, WireGuardMode};
 
-use crate::cni::DEFAULT_BRIDGE;
+use crate::cni::install;
 use crate::underlay::Choice;
-
-/// Private keys of a node.
-pub const DEFAULT_KEY_FILE: &str = "/var/lib/gambeson/keys.json";
-/// Where the agent answers `gambeson status`.
-pub const DEFAULT_SOCKET: &str = "/run/gambeson/agent.sock";
 
 /// MTUs in bytes that leave IPv6 its 1280 inside WireGuard over IPv6.
 const MTU: std::ops::RangeInclusive<u32> = 1360..=65_535;
-
-/// Options of `gambeson agent`, as given.
-#[derive(Debug, Clone, clap::Args)]
-pub struct Options {
-    /// Kubeconfig file of the cluster
-    ///
-    /// Without it the service account of the agent's pod is used.
-    #[arg(long, visible_alias = "kubeconfig-file", env = "KUBECONFIG", value_name = "FILE")]
-    pub kubeconfig: Option<PathBuf>,
-
-    /// Name of this machine's Node
-    ///
-    /// Without it: the Node that the pod in POD_NAME and POD_NAMESPACE runs on, or else the
-    /// host name.
-    #[arg(long, env = "NODE_NAME", value_name = "NAME")]
-    pub node_name: Option<String>,
-
-    /// Name of the agent's own pod, to find its Node
-    #[arg(long, env = "POD_NAME", value_name = "NAME", hide_short_help = true)]
-    pub pod_name: Option<String>,
-
-    /// Namespace of the agent's own pod, to find its Node
-    #[arg(long, env = "POD_NAMESPACE", value_name = "NAME", hide_short_help = true)]
-    pub pod_namespace: Option<String>,
-
-    /// The cluster's pod networks, at most one per family
-    ///
-    /// The agent routes, guards and masquerades these networks and nothing else. As in
-    /// `--cluster-cidr` of kube-controller-manager.
-    #[arg(long, env = "CLUSTER_CIDR", value_name = "CIDR[,CIDR]", value_delimiter = ',')]
-    pub cluster_cidr: Vec<String>,
-
-    /// Flannel's net-conf.json, for the networks, the port and the MTU that no option gives
-    #[arg(long, env = "FLANNELD_NET_CONFIG_PATH", value_name = "FILE")]
-    pub net_config_path: Option<PathBuf>,
-
-    /// Underlay interface, by name or address; the first that exists is used
-    #[arg(long, env = "FLANNELD_IFACE", value_name = "NAME|IP", value_delimiter = ',')]
-    pub iface: Vec<String>,
-
-    /// Underlay interface, by a regular expression on its name or address
-    #[arg(long, env = "FLANNELD_IFACE_REGEX", value_name = "REGEX")]
-    pub iface_regex: Vec<String>,
-
-    /// Underlay interface: the one with the route to this address
-    #[arg(long, env = "FLANNELD_IFACE_CAN_REACH", value_name = "IP")]
-    pub iface_can_reach: Option<String>,
-
-    /// IPv4 address other nodes send to, when it is not on the interface (NAT)
-    #[arg(long, env = "FLANNELD_PUBLIC_IP", value_name = "IP")]
-    pub public_ip: Option<String>,
-
-    /// IPv6 address other nodes send to, when it is not on the interface
-    #[arg(long, env = "FLANNELD_PUBLIC_IPV6", value_name = "IP")]
-    pub public_ipv6: Option<String>,
-
-    /// Base UDP port, 51820 unless it is given; this port and +2, +4 and +6 are used
-    #[arg(long, env = "GAMBESON_PORT", value_name = "PORT")]
-    pub port: Option<u16>,
-
-    /// MTU of the way between the nodes in bytes, where it is smaller than the interface's
-    ///
-    /// The pods' MTU is 60 bytes less, 80 over IPv6.
-    #[arg(long, env = "GAMBESON_MTU", value_name = "BYTES")]
-    pub mtu: Option<u32>,
-
-    /// Who implements WireGuard
-    ///
-    /// `auto` keeps what a running device uses, else takes the kernel module where a
-    /// `wireguard` link can be made, else a userspace device.
-    #[arg(long, env = "GAMBESON_WIREGUARD", value_name = "MODE", default_value = "auto")]
-    pub wireguard: WireGuardMode,
-
-    /// Use a userspace device although the host is in FIPS mode
-    ///
-    /// Neither its ChaCha20-Poly1305 nor the kernel's is a validated module: ask whoever has to
-    /// approve it first.
-    #[arg(long, env = "GAMBESON_ALLOW_USERSPACE_IN_FIPS", hide_short_help = true)]
-    pub allow_userspace_in_fips: bool,
-
-    /// Transports this node accepts: wireguard, host-gw, vxlan; wireguard alone by default
-    ///
-    /// Each pair of nodes uses the best that both accept, in this order. host-gw and vxlan are
-    /// not encrypted, and are never used unless both nodes name them.
-    #[arg(long, env = "GAMBESON_TRANSPORTS", value_name = "LIST", value_delimiter = ',')]
-    pub transports: Vec<String>,
-
-    /// Be Flannel to nodes that still run it, and take over what it left on this one
-    ///
-    /// Publishes Flannel's annotations beside our own for the backend in net-conf.json, and
-    /// reads them of Nodes that Flannel drives. They are reached by that backend, if
-    /// --transports or net-conf.json accepts it.
-    #[arg(long, env = "GAMBESON_FLANNEL_COMPAT", requires = "net_config_path")]
-    pub flannel_compat: bool,
-
-    /// Masquerade what leaves the pod networks
-    #[arg(
-        long,
-        env = "FLANNELD_IP_MASQ",
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_value_t = false,
-        default_missing_value = "true",
-        action = clap::ArgAction::Set
-    )]
-    pub ip_masq: bool,
-
-    /// Accept the cluster networks' packets in the host's firewall
-    ///
-    /// Adds rules to the chain FORWARD of iptables-nft when its policy is DROP, as Docker sets
-    /// it, and reports other chains that drop what pods send to other nodes.
-    #[arg(
-        long,
-        env = "FLANNELD_IPTABLES_FORWARD_RULES",
-        default_value_t = true,
-        default_missing_value = "true",
-        num_args = 0..=1,
-        require_equals = true,
-        value_name = "BOOL",
-        hide_short_help = true,
-        action = clap::ArgAction::Set
-    )]
-    pub iptables_forward_rules: bool,
-
-    /// File that tells the CNI plugin this node's subnet and MTU
-    #[arg(
-        long,
-        env = "FLANNELD_SUBNET_FILE",
-        value_name = "FILE",
-        default_value = "/run/flannel/subnet.env"
-    )]
-    pub subnet_file: PathBuf,
-
-    /// Flannel's cni-conf.json, in place of the CNI configuration list of our own
-    ///
-    /// Its plugin of the type flannel becomes gambeson-cni; everything else stays.
-    #[arg(long, env = "GAMBESON_CNI_CONF_FILE", value_name = "FILE")]
-    pub cni_conf_file: Option<PathBuf>,
-
-    /// Folder for the CNI configuration list, written once this node is ready
-    #[arg(
-        long,
-        env = "GAMBESON_CNI_CONF_DIR",
-        value_name = "DIR",
-        default_value = "/etc/cni/net.d"
-    )]
-    pub cni_conf_dir: PathBuf,
-
-    /// Folder of the CNI plugins, to see which version of the specification they speak
-    #[arg(
-        long,
-        env = "GAMBESON_CNI_BIN_DIR",
-        value_name = "DIR",
-        default_value = "/opt/cni/bin",
-        hide_short_help = true
-    )]
-    pub cni_bin_dir: PathBuf,
-
-    /// This node's private keys; made at first start, never replaced
-    #[arg(
-        long,
-        env = "GAMBESON_KEY_FILE",
-        value_name = "FILE",
-        default_value = DEFAULT_KEY_FILE
-    )]
-    pub key_file: PathBuf,
-
-    /// Address of /healthz, /readyz and /metrics
-    #[arg(long, env = "FLANNELD_HEALTHZ_IP", value_name = "IP", default_value = "127.0.0.1")]
-    pub healthz_ip: String,
-
-    /// TCP port of /healthz, /readyz and /metrics; 0 turns them off
-    #[arg(long, env = "FLANNELD_HEALTHZ_PORT", value_name = "PORT", default_value_t = 9480)]
-    pub healthz_port: u16,
-
-    /// Unix socket that `gambeson status` asks
-    #[arg(long, env = "GAMBESON_SOCKET", value_name = "FILE", default_value = DEFAULT_SOCKET)]
-    pub socket: PathBuf,
-
-    /// Where the kernel settings of this network namespace can be written
-    ///
-    /// In a container /proc/sys is read-only: give the folder at whose net/ the host's
-    /// /proc/sys/net is mounted.
-    #[arg(
-        long,
-        env = "GAMBESON_PROC_SYS",
-        value_name = "DIR",
-        default_value = "/proc/sys",
-        hide_short_help = true
-    )]
-    pub proc_sys: PathBuf,
-
-    /// Have userspace devices served by the supervisors with a socket in this folder
-    ///
-    /// Without it their processes are children of this one, which in a pod end with the pod.
-    #[arg(long, env = "GAMBESON_TUNNEL_DIR", value_name = "DIR", hide_short_help = true)]
-    pub tunnel_dir: Option<PathBuf>,
-
-    /// Prefix of the Node annotations
-    #[arg(
-        long,
-        env = "GAMBESON_ANNOTATION_PREFIX",
-        value_name = "DOMAIN",
-        default_value = DEFAULT_PREFIX,
-        hide_short_help = true
-    )]
-    pub annotation_prefix: String,
-
-    /// Be ready only where the API server keeps each agent to its own Node
-    ///
-    /// Without it a missing admission policy is a warning in `gambeson status`.
-    #[arg(long, env = "GAMBESON_REQUIRE_ADMISSION")]
-    pub require_admission: bool,
-
-    /// Bridge that the CNI plugin attaches pods to
-    #[arg(
-        long,
-        env = "GAMBESON_BRIDGE",
-        value_name = "NAME",
-        default_value = DEFAULT_BRIDGE,
-        hide_short_help = true
-    )]
-    pub bridge: String,
-}
-
-/// `--wireguard`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum WireGuardMode {
-    /// The kernel module where it can be used, else userspace.
-    Auto,
-    /// Only the kernel module.
-    Kernel,
-    /// Only a userspace device.
-    Userspace,
-}
 
 /// Options that were checked: every value parsed.
 #[derive(Debug, Clone)]
@@ -299,8 +61,10 @@ pub struct Config {
     pub net_conf: Option<NetConfWatch>,
     /// The backend of nodes that Flannel still drives, where there may be some.
     pub flannel: Option<Transport>,
-    /// Masquerade what leaves the cluster networks.
-    pub ip_masq: bool,
+    /// Publish the Node's external addresses.
+    pub external_ip: bool,
+    /// Families of which what leaves the cluster networks is masqueraded.
+    pub masquerade: BTreeSet<Family>,
     /// Accept the cluster networks' packets in the host's firewall.
     pub forward_rules: bool,
     /// `subnet.env`.
@@ -352,22 +116,23 @@ impl Options {
     /// The first value that cannot be used, with what the option takes.
     pub fn validate(self) -> Result<Config, ConfigError> {
         let node = self.node_identity()?;
+        let kubeconfig = match (&self.kubeconfig, self.k3s) {
+            (None, true) => Some(k3s::kubeconfig(Path::new("/"))?),
+            (given, _) => given.clone(),
+        };
         let file = self.net_config_path.as_deref().map(NetConf::read).transpose()?;
         let mut file = file.unwrap_or_default();
         file.kind = file.kind.filter(|_| self.flannel_compat);
-        let given = if self.cluster_cidr.iter().all(String::is_empty) {
-            &file.networks
-        } else {
-            &self.cluster_cidr
-        };
-        let cluster_networks = cluster_networks(given)?;
+        let cluster_networks = self.cluster_networks(&file.networks)?;
         // An option is fixed for the life of the agent; a file can be written anew.
         let by_file = self.transports.iter().all(String::is_empty);
         let path = self.net_config_path.clone().filter(|_| by_file);
         let net_conf = path.map(|path| NetConfWatch::new(path, file.clone()));
-        let transports = match by_file {
-            true => file.backend.transports,
-            false => transports(&self.transports)?,
+        let backend = self.flannel_backend.and_then(K3sBackend::transport);
+        let transports = match (by_file, backend.filter(|_| self.net_config_path.is_none())) {
+            (false, _) => transports(&self.transports)?,
+            (true, Some(backend)) => BTreeSet::from([backend]),
+            (true, None) => file.backend.transports,
         };
         let wireguard = match (self.wireguard, file.userspace) {
             (WireGuardMode::Auto, Some(true)) => WireGuardMode::Userspace,
@@ -385,12 +150,16 @@ impl Options {
             return Err(invalid("--mtu", problem, "give one from 1360 to 65535, in bytes"));
         }
         let healthz_ip: IpAddr = parse("--healthz-ip", &self.healthz_ip, "give an IP address")?;
+        let (cni_conf_dir, cni_bin_dir) = self.cni_folders();
+        let mut masquerade = if self.ip_masq { Family::ALL.into() } else { BTreeSet::new() };
+        masquerade.extend(self.flannel_ipv6_masq.then_some(Family::V6));
+        masquerade.extend(self.k3s.then_some(Family::V4));
         check_prefix(&self.annotation_prefix)?;
         check_interface_name("--bridge", &self.bridge)?;
         for (option, path) in [
             ("--subnet-file", &self.subnet_file),
-            ("--cni-conf-dir", &self.cni_conf_dir),
-            ("--cni-bin-dir", &self.cni_bin_dir),
+            ("--cni-conf-dir", &cni_conf_dir),
+            ("--cni-bin-dir", &cni_bin_dir),
             ("--key-file", &self.key_file),
             ("--socket", &self.socket),
             ("--proc-sys", &self.proc_sys),
@@ -401,7 +170,7 @@ impl Options {
             }
         }
         Ok(Config {
-            kubeconfig: self.kubeconfig,
+            kubeconfig,
             node,
             cluster_networks,
             underlay,
@@ -414,12 +183,13 @@ impl Options {
             backend: Backend { transports, vxlan: file.backend.vxlan },
             net_conf,
             flannel: file.kind,
-            ip_masq: self.ip_masq,
+            external_ip: self.flannel_external_ip,
+            masquerade,
             forward_rules: self.iptables_forward_rules,
             subnet_file: self.subnet_file,
             cni_conf_file: self.cni_conf_file,
-            cni_conf_dir: self.cni_conf_dir,
-            cni_bin_dir: self.cni_bin_dir,
+            cni_conf_dir,
+            cni_bin_dir,
             key_file: self.key_file,
             healthz: (self.healthz_port != 0)
                 .then(|| SocketAddr::new(healthz_ip, self.healthz_port)),
@@ -431,6 +201,30 @@ impl Options {
             bridge: self.bridge,
             unknown_keys: file.unknown,
         })
+    }
+
+    fn cluster_networks(&self, in_file: &[String]) -> Result<BTreeSet<IpNet>, ConfigError> {
+        let k3s = [k3s::CLUSTER_CIDR.to_owned()];
+        match self.cluster_cidr.iter().all(String::is_empty) {
+            false => cluster_networks(&self.cluster_cidr),
+            true if in_file.is_empty() && self.k3s => cluster_networks(&k3s),
+            true => cluster_networks(in_file),
+        }
+    }
+
+    /// Of the configuration and of the plugins.
+    fn cni_folders(&self) -> (PathBuf, PathBuf) {
+        let default = match self.k3s {
+            true => k3s::Places::find(Path::new("/")),
+            false => k3s::Places {
+                cni_conf_dir: install::DEFAULT_CONF_DIR.into(),
+                cni_bin_dir: install::DEFAULT_BIN_DIR.into(),
+            },
+        };
+        (
+            self.cni_conf_dir.clone().unwrap_or(default.cni_conf_dir),
+            self.cni_bin_dir.clone().unwrap_or(default.cni_bin_dir),
+        )
     }
 
     fn node_identity(&self) -> Result<NodeIdentity, ConfigError> {
@@ -526,13 +320,14 @@ mod tests {
         assert_eq!(config.port, 51820);
         assert_eq!(config.healthz, Some("127.0.0.1:9480".parse().unwrap()));
         assert_eq!(config.backend.transports, BTreeSet::from([Transport::Wireguard]));
-        assert!(!config.ip_masq && config.forward_rules);
+        assert!(config.masquerade.is_empty() && config.forward_rules);
+        assert_eq!(config.cni_conf_dir, Path::new("/etc/cni/net.d"));
     }
 
     #[test]
     fn flags_can_be_switched_like_flannels() {
-        assert!(validate(&["--ip-masq"]).unwrap().ip_masq);
-        assert!(!validate(&["--ip-masq=false"]).unwrap().ip_masq);
+        assert_eq!(validate(&["--ip-masq"]).unwrap().masquerade, Family::ALL.into());
+        assert!(validate(&["--ip-masq=false"]).unwrap().masquerade.is_empty());
         assert_eq!(validate(&["--healthz-port=0"]).unwrap().healthz, None);
     }
 
@@ -611,6 +406,40 @@ mod tests {
             BTreeSet::from([Transport::Vxlan, Transport::Wireguard])
         );
         assert_eq!((config.backend.vxlan.vni, config.backend.vxlan.port), (7, 8472));
+    }
+
+    #[test]
+    fn k3s_names_mean_what_they_mean_to_k3s() {
+        for (backend, transport) in [
+            ("none", Transport::Wireguard),
+            ("vxlan", Transport::Vxlan),
+            ("host-gw", Transport::HostGw),
+            ("wireguard-native", Transport::Wireguard),
+        ] {
+            let config = validate(&[&format!("--flannel-backend={backend}")]).unwrap();
+            assert_eq!(config.backend.transports, BTreeSet::from([transport]), "{backend}");
+        }
+        let said = ["--flannel-backend=vxlan", "--transports=wireguard"];
+        let config = validate(&said).unwrap();
+        assert_eq!(config.backend.transports, BTreeSet::from([Transport::Wireguard]));
+        let config = validate(&["--flannel-iface=eth1", "--flannel-external-ip"]).unwrap();
+        assert_eq!((config.underlay.iface, config.external_ip), (vec!["eth1".to_owned()], true));
+        let config = validate(&["--flannel-cni-conf=/a", "--flannel-ipv6-masq"]).unwrap();
+        assert_eq!(config.cni_conf_file.as_deref(), Some(Path::new("/a")));
+        assert_eq!(config.masquerade, BTreeSet::from([Family::V6]));
+
+        let k3s = ["--k3s", "--kubeconfig=/k", "--cluster-cidr="];
+        let config = validate(&k3s).unwrap();
+        assert_eq!(config.cluster_networks, BTreeSet::from(["10.42.0.0/16".parse().unwrap()]));
+        assert_eq!(config.masquerade, BTreeSet::from([Family::V4]));
+        let folder = Path::new("/var/lib/rancher/k3s/agent/etc/cni/net.d");
+        assert_eq!(config.cni_conf_dir, folder);
+        assert_eq!(config.kubeconfig.as_deref(), Some(Path::new("/k")));
+        let config = validate(&["--k3s", "--kubeconfig=/k", "--cni-conf-dir=/own"]).unwrap();
+        assert_eq!(config.cni_conf_dir, Path::new("/own"));
+        assert!(validate(&["--k3s"]).unwrap_err().to_string().starts_with("--k3s: neither"));
+        let removed = Cli::try_parse_from(["agent", "--flannel-backend=ipsec"]).unwrap_err();
+        assert!(removed.to_string().contains("wireguard-native"), "{removed}");
     }
 
     #[test]

@@ -29,6 +29,8 @@ pub struct Underlay {
     pub mtu: u32,
     /// Addresses that other nodes send to; at least one.
     pub endpoints: Endpoints,
+    /// Addresses of the interface, which behind NAT are others.
+    pub addresses: Endpoints,
 }
 
 /// How an operator chooses the interface. All empty: by the default route.
@@ -107,14 +109,18 @@ pub async fn pick(choice: &Choice, families: Families) -> Result<Underlay, Under
     let mut netlink = Netlink::connect().map_err(|source| ApplyError::Connect { source })?;
     let node = Interfaces::read(&mut netlink).await?;
     let Found { interface, prefer } = node.find(&mut netlink, choice, families).await?;
-    let mut endpoints = Endpoints { v4: choice.public_ip, v6: choice.public_ipv6 };
+    let mut addresses = Endpoints::default();
     for address in interface.candidates(prefer) {
         match address {
-            IpAddr::V4(v4) if families.v4 => endpoints.v4 = endpoints.v4.or(Some(v4)),
-            IpAddr::V6(v6) if families.v6 => endpoints.v6 = endpoints.v6.or(Some(v6)),
+            IpAddr::V4(v4) if families.v4 => addresses.v4 = addresses.v4.or(Some(v4)),
+            IpAddr::V6(v6) if families.v6 => addresses.v6 = addresses.v6.or(Some(v6)),
             _ => {}
         }
     }
+    let endpoints = Endpoints {
+        v4: choice.public_ip.or(addresses.v4),
+        v6: choice.public_ipv6.or(addresses.v6),
+    };
     let Link { name, index, mtu, .. } = interface.link.clone();
     if endpoints == Endpoints::default() {
         let families = match families {
@@ -124,7 +130,7 @@ pub async fn pick(choice: &Choice, families: Families) -> Result<Underlay, Under
         };
         return Err(UnderlayError::NoAddress { name, families, present: node.to_string() });
     }
-    Ok(Underlay { name, index, mtu, endpoints })
+    Ok(Underlay { name, index, mtu, endpoints, addresses })
 }
 
 /// The chosen interface, and the address that chose it.

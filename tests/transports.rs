@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use gambeson_lab::{Family, Lab, Options, Progress, Transports, WireguardMode};
+use gambeson_lab::{Family, Lab, Options, Patch, Progress, Transports, WireguardMode};
 use serde_json::Value;
 
 use crate::common::agent::{eventually, status_when};
@@ -206,4 +206,30 @@ fn a_net_conf_of_flannel_is_followed() {
     assert_eq!(node.status().unwrap().implementation.as_deref(), Some("userspace"));
     let log = node.agent_log().unwrap();
     assert!(log.contains("Backend.Colour") && !log.contains("EnableNFTables"), "{log}");
+}
+
+/// Behind NAT other nodes send to an address that the interface does not have.
+#[test]
+fn the_nodes_external_address_is_published_and_its_own_is_sent_from() {
+    let options = accepting(&["vxlan"]);
+    let agent_arguments = vec!["--flannel-external-ip".to_owned()];
+    let lab = lab_up(Options { start: false, agent_arguments, ..options });
+    let node = lab.node("node-1").unwrap();
+    let addresses = serde_json::json!({ "status": { "addresses": [
+        { "type": "InternalIP", "address": "192.168.240.1" },
+        { "type": "ExternalIP", "address": "203.0.113.7" },
+    ] } });
+    lab.api().unwrap().patch_status("node-1", Patch::Strategic, &addresses).unwrap();
+    start_all(&lab);
+    eventually(node, "publishes its external address", || {
+        let published = lab.api().unwrap().node("node-1").unwrap();
+        let endpoint = &published["metadata"]["annotations"]["gambeson.io/endpoint"];
+        (endpoint == "203.0.113.7").then_some(())
+    });
+    let link = run(&node.environment(), "ip -d link show gambeson-vx4");
+    assert!(link.contains("local 192.168.240.1 "), "{link}");
+    let other = lab.node("node-2").unwrap();
+    status_when(other, "reaches it there", |status| status.peers.len() == 1);
+    let table = run(&other.environment(), "bridge fdb show dev gambeson-vx4");
+    assert!(table.contains("dst 203.0.113.7"), "{table}");
 }

@@ -9,6 +9,7 @@ use gambeson_keys::{Generation, PublicKey};
 use ipnet::IpNet;
 use serde::Serialize;
 
+use crate::family::Family;
 use crate::mac::Mac;
 use crate::session::DeviceName;
 
@@ -341,6 +342,6 @@ pub struct Ruleset {
     /// What may travel in clear on other links, since this node and another allow it: packets
     /// to these networks may leave, packets from them may come in.
     pub plaintext: BTreeMap<String, BTreeSet<IpNet>>,
-    /// Masquerade what leaves the cluster networks (`--ip-masq`).
-    pub masquerade: bool,
+    /// Families of which what leaves the cluster networks is masqueraded (`--ip-masq`).
+    pub masquerade: BTreeSet<Family>,
 }

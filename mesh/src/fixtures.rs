@@ -7,6 +7,7 @@ use ipnet::IpNet;
 
 use crate::NodeName;
 use crate::desired::{Implementation, Vxlan};
+use crate::family::Family;
 use crate::node::{DEFAULT_PORT, DEFAULT_PREFIX, Endpoints, Local, NodeRecord, Transport};
 
 /// A key that is not a low-order point, different for each number.
@@ -36,6 +37,7 @@ pub(crate) fn local(i: u8, generation: u64) -> Local {
         cluster_networks: BTreeSet::from([net("10.244.0.0/16"), net("fd00:10:244::/48")]),
         keys: BTreeMap::from([(Generation::new(generation), key(i))]),
         endpoints,
+        addresses: endpoints,
         port: DEFAULT_PORT,
         persistent_keepalive: None,
         underlay: "eth0".to_owned(),
@@ -47,7 +49,7 @@ pub(crate) fn local(i: u8, generation: u64) -> Local {
         on_link: BTreeSet::new(),
         flannel: None,
         bridge: "cni0".to_owned(),
-        masquerade: true,
+        masquerade: Family::ALL.into(),
     }
 }
 

@@ -99,6 +99,8 @@ pub struct Local {
     pub keys: BTreeMap<Generation, PublicKey>,
     /// Published endpoints.
     pub endpoints: Endpoints,
+    /// Its own addresses on the underlay, which behind NAT are others.
+    pub addresses: Endpoints,
     /// Base UDP port.
     pub port: u16,
     /// Seconds between keepalives, unless its Node says.
@@ -123,8 +125,8 @@ pub struct Local {
     pub flannel: Option<Transport>,
     /// The pod bridge, e.g. `cni0`.
     pub bridge: String,
-    /// Masquerade what leaves the cluster networks.
-    pub masquerade: bool,
+    /// Families of which what leaves the cluster networks is masqueraded.
+    pub masquerade: BTreeSet<Family>,
 }
 
 /// A peer that can be used: every value parsed and checked.

@@ -141,6 +141,7 @@ mod tests {
     fn an_interface_that_nobody_chose_is_compared_with_the_nodes_address() {
         let v4 = Some("10.0.2.15".parse().unwrap());
         let underlay = Underlay {
+            addresses: Default::default(),
             name: "eth0".into(),
             index: 2,
             mtu: 1500,

@@ -21,6 +21,8 @@ const POD_CIDRS_MAX: usize = 8;
 const ADDRESSES_MAX: usize = 8;
 /// Type of the address that the kubelet was given, or found.
 const INTERNAL: &str = "InternalIP";
+/// Type of the address at which the rest of the world reaches the Node.
+const EXTERNAL: &str = "ExternalIP";
 
 /// A Node with only the fields that Gambeson reads; images and the rest are never parsed.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -91,9 +93,18 @@ impl NodeObject {
 
     /// Those addresses at which the rest of the cluster reaches the Node.
     pub fn internal_addresses(&self) -> Vec<IpAddr> {
+        self.addresses(INTERNAL)
+    }
+
+    /// Those addresses at which the rest of the world reaches the Node.
+    pub fn external_addresses(&self) -> Vec<IpAddr> {
+        self.addresses(EXTERNAL)
+    }
+
+    fn addresses(&self, kind: &str) -> Vec<IpAddr> {
         let all = self.status.addresses.iter().flatten();
-        let internal = all.filter(|address| address.kind == INTERNAL);
-        internal.filter_map(|address| address.address.parse().ok()).take(ADDRESSES_MAX).collect()
+        let of_kind = all.filter(|address| address.kind == kind);
+        of_kind.filter_map(|address| address.address.parse().ok()).take(ADDRESSES_MAX).collect()
     }
 
     /// What the mesh needs of this Node, with annotations below `prefix`, `config.<prefix>` and

@@ -49,6 +49,7 @@ pub struct Nodes {
 struct OwnStatus {
     conditions: Vec<Condition>,
     addresses: Vec<IpAddr>,
+    external: Vec<IpAddr>,
 }
 
 impl NodeStore {
@@ -103,7 +104,11 @@ impl NodeStore {
 
 impl OwnStatus {
     fn of(node: &NodeObject) -> Self {
-        Self { conditions: node.conditions(&CONDITIONS), addresses: node.internal_addresses() }
+        Self {
+            conditions: node.conditions(&CONDITIONS),
+            addresses: node.internal_addresses(),
+            external: node.external_addresses(),
+        }
     }
 }
 
@@ -131,6 +136,11 @@ impl Nodes {
     /// Those addresses of the agent's own Node at which the rest of the cluster reaches it.
     pub fn own_addresses(&self) -> &[IpAddr] {
         &self.own_status.addresses
+    }
+
+    /// Those addresses of the agent's own Node at which the rest of the world reaches it.
+    pub fn own_external_addresses(&self) -> &[IpAddr] {
+        &self.own_status.external
     }
 
     /// Whether a list has been received since the agent started.

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gambeson_mesh::desired::Ruleset;
+use gambeson_mesh::family::Family;
 use gambeson_mesh::plan::Action;
 
 use nix::sched::{CloneFlags, setns};
@@ -23,7 +24,7 @@ pub(super) fn ruleset(masquerade: bool) -> Ruleset {
         cluster_networks: networks.iter().map(|n| n.parse().unwrap()).collect(),
         trusted_links: links.iter().map(|&l| l.to_owned()).collect(),
         plaintext: BTreeMap::new(),
-        masquerade,
+        masquerade: if masquerade { Family::ALL.into() } else { Default::default() },
     }
 }
 

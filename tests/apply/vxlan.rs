@@ -6,6 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use gambeson_keys::{Generation, PrivateKey};
 use gambeson_mesh::changeover::Changes;
 use gambeson_mesh::desired::{Desired, Implementation, Vxlan};
+use gambeson_mesh::family::Family;
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport};
 use gambeson_mesh::plan::{Action, Plan};
 use gambeson_mesh::topology::Topology;
@@ -30,6 +31,7 @@ fn node(i: u8, transport: Transport) -> Local {
             .into(),
         keys: BTreeMap::from([(Generation::FIRST, PrivateKey::generate().public())]),
         endpoints,
+        addresses: endpoints,
         port: 51820,
         persistent_keepalive: None,
         underlay: "eth0".to_owned(),
@@ -41,7 +43,7 @@ fn node(i: u8, transport: Transport) -> Local {
         on_link: BTreeSet::new(),
         flannel: None,
         bridge: "cni0".to_owned(),
-        masquerade: true,
+        masquerade: Family::ALL.into(),
     }
 }
 

@@ -75,7 +75,7 @@ fn ruleset(local: &Local) -> Ruleset {
         // All four devices from the start, so that a rotation does not touch the guard.
         trusted_links: devices.chain([local.bridge.clone(), LOOPBACK.to_owned()]).collect(),
         plaintext: BTreeMap::new(),
-        masquerade: local.masquerade,
+        masquerade: local.masquerade.clone(),
     }
 }
 

@@ -29,8 +29,8 @@ use crate::session::DeviceName;
 pub(super) fn devices(local: &Local, desired: &mut Desired) {
     let accepts = local.transports.contains(&Transport::Vxlan);
     for family in Family::ALL.into_iter().filter(|_| accepts && !local.pod_cidrs.is_empty()) {
-        let (Some(address), Some(mac)) = (local.endpoints.get(family), local.vteps.get(family))
-        else {
+        let published = local.endpoints.get(family).and(local.vteps.get(family));
+        let (Some(address), Some(mac)) = (local.addresses.get(family), published) else {
             continue;
         };
         let link =

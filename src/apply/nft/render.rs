@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use gambeson_mesh::desired::Ruleset;
+use gambeson_mesh::family::Family;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde_json::Value;
 
@@ -73,7 +74,9 @@ fn chains(ruleset: &Ruleset) -> Result<Vec<Chain>, ApplyError> {
     let (out, inward) = (untrusted("oifname"), untrusted("iifname"));
     // With masquerade, what still has a pod's source is what connection tracking did not take
     // for a part of any connection, and so would leave in clear under the pod's name.
-    let stopped: &[&str] = if ruleset.masquerade { &["daddr", "saddr"] } else { &["daddr"] };
+    let masqueraded = |family: &str| {
+        ruleset.masquerade.contains(if family == "ip" { &Family::V4 } else { &Family::V6 })
+    };
     let plaintext = plaintext(&ruleset.plaintext)?;
     // What another node allows as well passes; with masquerade it has a pod's source.
     let allowed = |key: &'static str, end: &'static str| {
@@ -88,9 +91,11 @@ fn chains(ruleset: &Ruleset) -> Result<Vec<Chain>, ApplyError> {
             // After every address translation: what is checked is what would be sent.
             hook: "type filter hook postrouting priority 300; policy accept;",
             rules: allowed("oifname", "daddr")
-                .chain(stopped.iter().flat_map(|end| {
+                .chain(["daddr", "saddr"].iter().flat_map(|end| {
                     networks.each(|family, set| {
-                        format!("{out}{family} {end} {set} counter name \"{OUT}\" drop")
+                        let stopped = *end == "daddr" || masqueraded(family);
+                        let rule = format!("{out}{family} {end} {set} counter name \"{OUT}\" drop");
+                        stopped.then_some(rule)
                     })
                 }))
                 .collect(),
@@ -101,21 +106,22 @@ fn chains(ruleset: &Ruleset) -> Result<Vec<Chain>, ApplyError> {
             hook: "type filter hook prerouting priority -300; policy accept;",
             rules: allowed("iifname", "saddr")
                 .chain(networks.each(|family, set| {
-                    format!("{inward}{family} saddr {set} counter name \"{IN}\" drop")
+                    Some(format!("{inward}{family} saddr {set} counter name \"{IN}\" drop"))
                 }))
                 .collect(),
         },
     ];
-    if ruleset.masquerade {
+    if !ruleset.masquerade.is_empty() {
         chains.push(Chain {
             name: MASQUERADE,
             hook: "type nat hook postrouting priority 100; policy accept;",
             rules: networks.each(|family, set| {
                 let multicast = if family == "ip" { "224.0.0.0/4" } else { "ff00::/8" };
-                format!(
+                let rule = format!(
                     "{out}{family} saddr {set} {family} daddr != {set} {family} daddr != \
                      {multicast} meta mark & {KUBE_MARK} != {KUBE_MARK} masquerade fully-random"
-                )
+                );
+                masqueraded(family).then_some(rule)
             }),
         });
     }
@@ -140,10 +146,10 @@ impl Networks {
         Self { v4: Ipv4Net::aggregate(&split.v4), v6: Ipv6Net::aggregate(&split.v6) }
     }
 
-    /// A rule for each family that has networks.
-    fn each(&self, rule: impl Fn(&str, &str) -> String) -> Vec<String> {
+    /// A rule for each family that has networks, if it needs one.
+    fn each(&self, rule: impl Fn(&str, &str) -> Option<String>) -> Vec<String> {
         let sets = [("ip", set(&self.v4)), ("ip6", set(&self.v6))];
-        sets.iter().filter_map(|(family, set)| Some(rule(family, set.as_deref()?))).collect()
+        sets.iter().filter_map(|(family, set)| rule(family, set.as_deref()?)).collect()
     }
 }
 
@@ -209,7 +215,7 @@ pub(super) fn fits(ruleset: &Ruleset, listing: &Value) -> bool {
             "table" => object["flags"].is_null(),
             "counter" => name == OUT || name == IN,
             "chain" => {
-                (name != MASQUERADE || ruleset.masquerade)
+                (name != MASQUERADE || !ruleset.masquerade.is_empty())
                     && object["policy"] == "accept"
                     && expected.iter().any(|(chain, r#type, hook, priority)| {
                         name == *chain
@@ -234,7 +240,7 @@ mod tests {
             cluster_networks: networks.iter().map(|n| n.parse().unwrap()).collect(),
             trusted_links: links.iter().map(|&l| l.to_owned()).collect(),
             plaintext: BTreeMap::new(),
-            masquerade: true,
+            masquerade: Family::ALL.into(),
         }
     }
 
@@ -251,7 +257,7 @@ mod tests {
                 .into(),
             trusted_links: ["lo".to_owned()].into(),
             plaintext: BTreeMap::new(),
-            masquerade: false,
+            masquerade: BTreeSet::new(),
         };
         insta::assert_snapshot!(render(&v4_only).unwrap());
     }
@@ -262,6 +268,19 @@ mod tests {
         let networks: BTreeSet<IpNet> = networks.iter().map(|n| n.parse().unwrap()).collect();
         let plaintext = BTreeMap::from([("gambeson-vx4".to_owned(), networks)]);
         insta::assert_snapshot!(render(&Ruleset { plaintext, ..ruleset() }).unwrap());
+    }
+
+    #[test]
+    fn one_family_may_be_masqueraded_and_the_other_not() {
+        let masquerade = BTreeSet::from([Family::V4]);
+        let text = render(&Ruleset { masquerade, ..ruleset() }).unwrap();
+        assert!(text.contains("ip saddr { 10.244.0.0/16 } ip daddr"), "{text}");
+        assert!(!text.contains("ip6 saddr { fd00:10:244::/48 } ip6 daddr"), "{text}");
+        let leaving = |family: &str| {
+            let rule = format!("{family} saddr {{ ");
+            text.lines().any(|line| line.contains("guard_out") && line.contains(&rule))
+        };
+        assert!(leaving("ip") && !leaving("ip6"), "{text}");
     }
 
     #[test]
