@@ -83,6 +83,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Where `net/...` of `/proc/sys` can be written.
     pub proc_sys: PathBuf,
+    /// What serves userspace devices, if not this program.
+    pub tunnel_program: Option<PathBuf>,
     /// Folder of the tunnel supervisors.
     pub tunnel_dir: Option<PathBuf>,
     /// Annotation prefix, e.g. `gambeson.io`.
@@ -195,6 +197,7 @@ impl Options {
                 .then(|| SocketAddr::new(healthz_ip, self.healthz_port)),
             socket: self.socket,
             proc_sys: self.proc_sys,
+            tunnel_program: self.tunnel_program,
             tunnel_dir: self.tunnel_dir,
             prefix: self.annotation_prefix,
             require_admission: self.require_admission,

@@ -11,6 +11,7 @@ pub mod cli;
 pub mod cluster;
 pub mod cni;
 pub mod config;
+pub mod embed;
 pub mod exit;
 mod files;
 pub mod http;

@@ -62,11 +62,16 @@ const LONGEST_ROUND: Duration = Duration::from_secs(30 + 30 + 5);
 /// How long a running pass may take after the agent was told to end.
 const LAST_PASS: Duration = Duration::from_secs(5);
 
-/// Runs the agent until `shutdown`, or until it cannot start.
+/// Runs the agent until `shutdown`, or until it cannot start. `seen` has its status after each
+/// look.
 ///
 /// # Errors
 /// [`AgentError`]; the data plane and the guard stay as they are in every case.
-pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), AgentError> {
+pub async fn run(
+    options: Options,
+    seen: watch::Sender<Option<Status>>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), AgentError> {
     tokio::pin!(shutdown);
     let config = options.validate()?;
     preflight::net_admin()?;
@@ -89,7 +94,11 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         proc_sys: config.proc_sys.clone(),
         tunnel_dir: config.tunnel_dir.clone(),
     };
-    let mut reconciler = Reconciler::new(config.clone(), Kernel::connect(scope).await?);
+    let kernel = match config.tunnel_program.clone() {
+        Some(program) => Kernel::with_program(program, scope).await?,
+        None => Kernel::connect(scope).await?,
+    };
+    let mut reconciler = Reconciler::new(config.clone(), kernel);
     reconciler.shut().await?;
     reconciler.load_keys()?;
     let kernel_events = Events::subscribe()?;
@@ -143,6 +152,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         net_conf,
         asked,
         status,
+        seen,
         reconciles,
         rounds,
         pacer: Pacer::default(),
@@ -261,6 +271,8 @@ struct Agent {
     net_conf: watch::Receiver<Reading>,
     asked: mpsc::Receiver<oneshot::Sender<()>>,
     status: watch::Sender<Status>,
+    /// The same, for a program that the agent is a part of.
+    seen: watch::Sender<Option<Status>>,
     reconciles: Reconciles,
     rounds: Rounds,
     pacer: Pacer,
@@ -395,6 +407,7 @@ impl Agent {
         let mut troubles = self.cluster.troubles();
         troubles.extend(problem);
         let report = self.reporter.report(&pass, &troubles, now);
+        self.seen.send_replace(Some(report.clone()));
         self.status.send_replace(report);
         self.rounds.went_round();
         self.reconciles.record(now.duration_since(started), pass.problems.len());

@@ -1,6 +1,7 @@
 use std::io::IsTerminal;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 use super::Failure;
@@ -56,7 +57,8 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
     let ended = runtime.block_on(async {
         let terminate = signal(SignalKind::terminate()).map_err(SetupError::Signals)?;
         let interrupt = signal(SignalKind::interrupt()).map_err(SetupError::Signals)?;
-        let agent = crate::agent::run(args.options, shutdown(terminate, interrupt));
+        let (seen, _) = watch::channel(None);
+        let agent = crate::agent::run(args.options, seen, shutdown(terminate, interrupt));
         agent.await.map_err(|error: AgentError| Failure::new(error.exit(), error))
     });
     // Nothing that still runs may hold up the end.

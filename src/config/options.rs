@@ -236,6 +236,10 @@ pub struct Options {
     #[arg(long, env = "GAMBESON_TUNNEL_DIR", value_name = "DIR", hide_short_help = true)]
     pub tunnel_dir: Option<PathBuf>,
 
+    /// Program that serves userspace devices, where the agent is a part of another program
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    pub tunnel_program: Option<PathBuf>,
+
     /// Prefix of the Node annotations
     #[arg(
         long,
