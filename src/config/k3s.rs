@@ -5,13 +5,15 @@ use std::path::{Path, PathBuf};
 use regex::Regex;
 
 use super::check::{ConfigError, invalid};
+use crate::cni::install;
 
 /// Of a server, which is an admin's; of an agent, which is its kubelet's.
 const KUBECONFIGS: [&str; 2] =
     ["etc/rancher/k3s/k3s.yaml", "var/lib/rancher/k3s/agent/kubelet.kubeconfig"];
 /// What k3s tells its containerd.
 const CONTAINERD: &str = "var/lib/rancher/k3s/agent/etc/containerd/config.toml";
-/// Where it looks for CNI unless that file says otherwise.
+/// Where k3s has CNI for its own Flannel. With `--flannel-backend=none` it tells containerd
+/// nothing, which then looks where it does everywhere.
 const CNI_CONF_DIR: &str = "var/lib/rancher/k3s/agent/etc/cni/net.d";
 const CNI_BIN_DIR: &str = "var/lib/rancher/k3s/data/cni";
 /// The default `--cluster-cidr` of k3s.
@@ -25,17 +27,19 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// As k3s has told its containerd, or would. `root` is `/`.
+    /// As k3s has told its containerd. `root` is `/`.
     pub(super) fn find(root: &Path) -> Self {
-        let config = std::fs::read_to_string(root.join(CONTAINERD)).unwrap_or_default();
-        let told = |key: &str| {
+        let config = std::fs::read_to_string(root.join(CONTAINERD)).ok();
+        let told = |key: &str, own: &str, elsewhere: &str| {
+            let Some(config) = &config else { return root.join(own) };
             let pattern = Regex::new(&format!(r#"(?m)^\s*{key}\s*=\s*\[?\s*["']([^"']+)["']"#));
-            let path = pattern.ok()?.captures(&config)?.get(1)?.as_str();
-            Some(PathBuf::from(path)).filter(|path| path.is_absolute())
+            let captured = pattern.ok().and_then(|pattern| pattern.captures(config));
+            let path = captured.map(|found| PathBuf::from(&found[1]));
+            path.filter(|path| path.is_absolute()).unwrap_or_else(|| elsewhere.into())
         };
         Self {
-            cni_conf_dir: told("conf_dir").unwrap_or_else(|| root.join(CNI_CONF_DIR)),
-            cni_bin_dir: told("bin_dirs?").unwrap_or_else(|| root.join(CNI_BIN_DIR)),
+            cni_conf_dir: told("conf_dir", CNI_CONF_DIR, install::DEFAULT_CONF_DIR),
+            cni_bin_dir: told("bin_dirs?", CNI_BIN_DIR, install::DEFAULT_BIN_DIR),
         }
     }
 }
@@ -79,8 +83,12 @@ mod tests {
             assert_eq!(places.cni_bin_dir, Path::new(bin));
             assert_eq!(places.cni_conf_dir, Path::new("/a/net.d"));
         }
-        fs::write(&config, "conf_dir = \"relative\"\n").unwrap();
-        assert_eq!(Places::find(root), default);
+        for text in ["conf_dir = \"relative\"\n", "# no Flannel\n"] {
+            fs::write(&config, text).unwrap();
+            let places = Places::find(root);
+            assert_eq!(places.cni_conf_dir, Path::new("/etc/cni/net.d"));
+            assert_eq!(places.cni_bin_dir, Path::new("/opt/cni/bin"));
+        }
     }
 
     #[test]
