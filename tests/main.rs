@@ -23,6 +23,7 @@ mod lab;
 mod leak;
 mod mesh;
 mod migration;
+mod nat;
 mod repair;
 mod start;
 mod status;

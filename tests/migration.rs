@@ -4,12 +4,13 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use gambeson_lab::traffic::{Rate, Traffic};
-use gambeson_lab::{CONF_DIR, Family, Lab, Node, Options, Transports, WireguardMode};
+use gambeson_lab::{CONF_DIR, Family, Lab, Node, Options, Patch, Transports, WireguardMode};
 
 use gambeson_mesh::node::Transport;
+use serde_json::json;
 
 use crate::changeover::moved;
-use crate::common::agent::status_when;
+use crate::common::agent::{eventually, status_when};
 use crate::common::lab::lab_up;
 use crate::common::scenario::{options, run};
 
@@ -116,6 +117,24 @@ fn direct_routes_are_taken_over_without_losing_a_packet() {
     assert_perfect(packets);
     let left = run(&lab.nodes()[0].environment(), "ip route; ip -6 route");
     assert!(left.contains("10.244.2.0/24 via 192.168.240.2") && !left.contains("151"), "{left}");
+}
+
+/// What people set for Flannel counts for both.
+#[test]
+fn an_overwritten_public_address_is_published_twice() {
+    let lab = flannels(2, Transport::Vxlan, "vxlan");
+    let node = lab.node("node-1").unwrap();
+    let name = "flannel.alpha.coreos.com/public-ip-overwrite";
+    let patch = json!({ "metadata": { "annotations": { name: "203.0.113.7" } } });
+    lab.api().unwrap().patch_node("node-1", Patch::Merge, &patch).unwrap();
+    node.stop_agent().unwrap();
+    node.start_agent().unwrap();
+    eventually(node, "publishes what was set", || {
+        let node = lab.api().unwrap().node("node-1").unwrap();
+        let annotations = &node["metadata"]["annotations"];
+        let names = ["gambeson.io/endpoint", "flannel.alpha.coreos.com/public-ip"];
+        names.iter().all(|name| annotations[name] == "203.0.113.7").then_some(())
+    });
 }
 
 /// Flannel's device has to go before ours has its port, and the key is a new one: packets are

@@ -8,6 +8,7 @@ use gambeson_mesh::NodeName;
 use gambeson_mesh::desired::{Implementation, LinkKind};
 use gambeson_mesh::family::Family;
 use gambeson_mesh::mac::Mac;
+use gambeson_mesh::node::annotation::flannel;
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, Vteps, annotation, pod_cidrs};
 use gambeson_mesh::observed::Observed;
 use ipnet::IpNet;
@@ -63,10 +64,7 @@ impl Reconciler {
             Ok(underlay) => underlay,
             Err(problem) => return Ok(Err(format!("an underlay interface: {problem}"))),
         };
-        let underlay = match self.config.external_ip {
-            true => underlay.reached_at(store.nodes().own_external_addresses()),
-            false => underlay,
-        };
+        let underlay = underlay.reached_at(&self.published_addresses(&own, store));
         self.ensure_key(&own, pass)?;
         let local = self.local(node, cidrs, &underlay);
         Ok(Ok(Inputs { own: Some(own), local, underlay }))
@@ -207,6 +205,15 @@ impl Reconciler {
             bridge: config.bridge.clone(),
             masquerade: config.masquerade.clone(),
         }
+    }
+
+    /// Addresses to publish in place of the interface's, the first of each family.
+    fn published_addresses(&self, own: &NodeRecord, store: &NodeStore) -> Vec<IpAddr> {
+        let overwrites = [flannel::PUBLIC_IP_OVERWRITE, flannel::PUBLIC_IPV6_OVERWRITE];
+        let overwrites = overwrites.iter().filter(|_| self.config.flannel.is_some());
+        let set = overwrites.filter_map(|name| own.annotations.get(*name)?.parse().ok());
+        let external = store.nodes().own_external_addresses().to_vec();
+        set.chain(external.into_iter().filter(|_| self.config.external_ip)).collect()
     }
 
     /// Addresses of the VXLAN devices: those that were there when the agent started, by which
