@@ -13,6 +13,7 @@ mod chart;
 mod cni;
 mod common;
 mod container;
+mod docs;
 mod embed;
 mod fail_closed;
 mod hostile;

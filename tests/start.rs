@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 
 use gambeson_keys::{Generation, KeyStore};
-use gambeson_lab::{Lab, Node, Options, Patch};
+use gambeson_lab::{CONF_DIR, ConfList, Lab, Node, Options, Patch};
 use serde_json::json;
 
 use crate::common::agent::{address, answers, eventually, peers, status_when, userspace};
@@ -453,17 +453,22 @@ fn options_that_cannot_be_are_refused_before_anything_is_touched() {
 #[test]
 fn the_documented_removal_leaves_nothing_in_the_kernel() {
     let guide = include_str!("../docs/install.md");
-    let script = guide.split("```sh\n").find(|block| block.starts_with("nft delete")).unwrap();
+    let script = guide.split("```sh\n").find(|block| block.starts_with("cp /opt/cni")).unwrap();
     let script = script.split("```").next().unwrap();
     // Its files are the host's in a lab.
-    let (kernel, files) = script.split_once("rm -r ").unwrap();
-    for file in ["10-flannel.conflist", "gambeson-cni", "/var/lib/gambeson"] {
+    let (copy, rest) = script.split_once('\n').unwrap();
+    assert!(copy.contains("gambeson-cni /usr/local/bin/gambeson"), "{copy}");
+    let (commands, files) = rest.split_once("rm -r ").unwrap();
+    for file in ["gambeson-cni", "/var/lib/gambeson"] {
         assert!(files.contains(file), "{file}");
     }
     let lab = lab_up(userspace());
     let node = lab.node("node-1").unwrap();
     node.stop_agent().unwrap();
-    node.exec(&["sh", "-c", kernel]).unwrap();
+    let places = format!("export GAMBESON_CNI_CONF_DIR={CONF_DIR}");
+    let commands = commands.replace("gambeson uninstall", &format!("{GAMBESON} uninstall"));
+    shell(node, &format!("set -e; {places}; {commands}"));
+    assert!(ConfList::first_on(&node.environment()).unwrap().is_none());
     let left = shell(
         node,
         "nft list tables; ip rule; ip -6 rule; ip route show proto 151; \

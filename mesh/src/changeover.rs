@@ -69,6 +69,8 @@ impl Change {
 #[derive(Debug, Default)]
 pub struct Changeover {
     steps: BTreeMap<NodeName, Step>,
+    /// Whether the other nodes could know, at the last look.
+    announced: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -98,6 +100,7 @@ impl Changeover {
         announced: bool,
         now: Instant,
     ) -> Changes {
+        self.announced = announced;
         let before = std::mem::take(&mut self.steps);
         for (name, node) in &mesh.peers {
             let Ok(to) = pair::transport(local, node) else { continue };
@@ -122,12 +125,13 @@ impl Changeover {
         self.steps.iter().map(|(name, step)| (name.clone(), step.change())).collect()
     }
 
-    /// When to go on, while there is something to wait for.
+    /// When to go on, while there is something to wait for but the API server.
     pub fn next_look(&self, now: Instant) -> Option<Duration> {
-        let due = self.steps.values().map(|step| match step.moved {
-            Some(moved) => moved + DRAIN,
-            None if step.change().awaits_handshake() => now + LOOK,
-            None => step.since + SEEN_BY_ALL,
+        let due = self.steps.values().filter_map(|step| match step.moved {
+            Some(moved) => Some(moved + DRAIN),
+            None if !self.announced => None,
+            None if step.change().awaits_handshake() => Some(now + LOOK),
+            None => Some(step.since + SEEN_BY_ALL),
         });
         due.min().map(|due| due.saturating_duration_since(now).max(LOOK))
     }

@@ -15,6 +15,7 @@ use crate::family::Family;
 use crate::mac::Mac;
 use crate::session::SESSIONS;
 
+mod annotated;
 pub mod annotation;
 mod flannel;
 mod parse;
@@ -217,20 +218,6 @@ impl fmt::Display for Transport {
     }
 }
 
-impl Node {
-    /// Reads a Node's record, and Flannel's annotations where Flannel drives it and that may be.
-    /// Conflicts with other Nodes are the topology's business.
-    ///
-    /// # Errors
-    /// The first thing that is wrong with it.
-    pub fn parse(record: &NodeRecord, local: &Local) -> Result<Self, Refusal> {
-        match local.flannel.is_some() && flannel::drives(record) {
-            true => flannel::parse(record, local),
-            false => Self::parse_own(record, local),
-        }
-    }
-}
-
 impl Local {
     /// The generation in use and its public key, once there is a key.
     pub fn current_key(&self) -> Option<(Generation, PublicKey)> {
@@ -255,33 +242,6 @@ impl Local {
     pub fn default_vteps(pod_cidrs: &BTreeSet<IpNet>, endpoints: Endpoints) -> Vteps {
         let mac = pod_cidrs.first().map(|cidr| Mac::of(cidr.network()));
         Vteps { v4: endpoints.v4.and(mac), v6: endpoints.v6.and(mac) }
-    }
-
-    /// What this node publishes, keyed without the prefix; `None` means that the annotation
-    /// must not be there. All of it belongs in one patch, so that no reader sees half.
-    pub fn annotations(&self) -> BTreeMap<String, Option<String>> {
-        let current = self.current_key();
-        let next = current
-            .and_then(|(generation, _)| generation.next())
-            .and_then(|generation| self.keys.get(&generation));
-        let transports: Vec<&str> = self.transports.iter().map(|t| t.as_str()).collect();
-        let offered = self.transports.contains(&Transport::Vxlan);
-        let mac = |family| self.vteps.get(family).filter(|_| offered).map(|mac| mac.to_string());
-        let flannels = self.flannel.map(|kind| flannel::published(self, kind));
-        let own = [
-            (annotation::PUBLIC_KEY, current.map(|(_, key)| key.to_string())),
-            (annotation::KEY_GENERATION, current.map(|(generation, _)| generation.to_string())),
-            (annotation::NEXT_PUBLIC_KEY, next.map(PublicKey::to_string)),
-            (annotation::ENDPOINT, self.endpoints.v4.map(|address| address.to_string())),
-            (annotation::ENDPOINT_V6, self.endpoints.v6.map(|address| address.to_string())),
-            (annotation::PORT, Some(self.port.to_string())),
-            (annotation::TRANSPORTS, Some(transports.join(","))),
-            (annotation::VTEP_MAC, mac(Family::V4)),
-            (annotation::VTEP_MAC_V6, mac(Family::V6)),
-            (annotation::MTU, Some(self.inner_mtu().to_string())),
-        ];
-        let all = own.into_iter().chain(flannels.into_iter().flatten());
-        all.map(|(name, value)| (name.to_owned(), value)).collect()
     }
 }
 

@@ -7,7 +7,7 @@ use gambeson::exit::Exit;
 use gambeson_lab::traffic::{FlowReport, Rate, Traffic};
 use gambeson_lab::verify::Verification;
 use gambeson_lab::wait::until;
-use gambeson_lab::{Family, Lab, Node, Options, Progress};
+use gambeson_lab::{Family, Lab, Node, Options, Progress, Transports};
 use serde_json::Value;
 
 use crate::common::agent::{address, answers, eventually};
@@ -103,6 +103,29 @@ fn everything_holds_over_ipv4_and_damage_is_repaired() {
         eventually(node, damage, || answers(from, to).then_some(()));
     }
     lab.nodes().iter().for_each(assert_kernel_device);
+}
+
+/// From the kernel's WireGuard to direct routes, and back as soon as there is a handshake.
+#[test]
+fn a_pair_changes_its_transport_without_losing_a_packet() {
+    let both = "wireguard,host-gw";
+    let transports = Transports::parse(&[both.to_owned()]).unwrap();
+    let lab = lab_up(Options { transports, ..with_modes("kernel") });
+    let pair = (lab.pod("pod-1-1").unwrap(), lab.pod("pod-2-1").unwrap());
+    let rate = Rate { packets_per_second: 100, ..Rate::default() };
+    let traffic = Traffic::start_within(&[pair], rate, WINDOW).unwrap();
+    for (list, expected) in [("host-gw", "host-gw"), (both, "wireguard-kernel")] {
+        let list = Transports::list(list).unwrap();
+        lab.node("node-1").unwrap().set_transports(&list).unwrap();
+        for node in lab.nodes() {
+            eventually(node, expected, || {
+                let status = node.status().ok()?;
+                status.peers.iter().all(|peer| peer.transport == expected).then_some(())
+            });
+        }
+    }
+    let reports = traffic.finish(PATIENCE);
+    assert!(reports.iter().all(FlowReport::is_perfect), "{reports:#?}");
 }
 
 /// Everything of ours that somebody could damage, as text that is the same when it is whole.

@@ -181,6 +181,7 @@ fn no_peer_is_left_behind_that_cannot_know() {
     let minute = start + Duration::from_secs(60);
     one.pass(&other, false, minute);
     assert_eq!(one.sends_by(), Some(Wireguard), "the API server has not taken the new list");
+    assert_eq!(one.changeover.next_look(minute), None, "its answer wakes the agent");
     one.pass(&other, true, minute + Duration::from_millis(2_900));
     assert_eq!(one.sends_by(), Some(Wireguard));
     one.pass(&other, true, minute + SEEN_BY_ALL);

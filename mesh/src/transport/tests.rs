@@ -131,7 +131,7 @@ fn a_vxlan_device_is_made_anew_when_it_has_to_be() {
     let kind = |own: &Local| desired_with(own, &[]).links().next().map(|(_, link)| link.kind);
     let Some(LinkKind::Vxlan(link)) = kind(&own) else { panic!("no VXLAN") };
     assert_eq!((link.vxlan.vni, link.vxlan.port, link.underlay), (1, 8472, 2));
-    let moved = Endpoints { v4: Some([192, 0, 2, 1].into()), ..own.endpoints };
-    assert_ne!(kind(&Local { endpoints: moved, ..own.clone() }), kind(&own));
+    let moved = Endpoints { v4: Some([192, 0, 2, 1].into()), ..own.addresses };
+    assert_ne!(kind(&Local { addresses: moved, ..own.clone() }), kind(&own));
     assert_eq!(kind(&Local { underlay_mtu: 1400, ..own.clone() }), kind(&own));
 }

@@ -1,0 +1,65 @@
+//! docs/flannel.md says of each of Flannel's and k3s's options what it does here: so it is.
+
+use std::process::Command;
+
+use crate::common::lab::{GAMBESON, both, stdout_of};
+
+const GUIDE: &str = include_str!("../docs/flannel.md");
+
+/// The rows of the table below a heading: options, and what is said of them.
+fn rows(heading: &str) -> Vec<(Vec<&'static str>, &'static str)> {
+    let (_, section) = GUIDE.split_once(&format!("\n## {heading}\n")).unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
+    let cells = rows.map(|row| row.trim_end_matches(" |").split_once(" | ").unwrap());
+    cells.map(|(options, said)| (options.split('`').step_by(2).collect(), said)).collect()
+}
+
+fn help() -> String {
+    stdout_of(Command::new(GAMBESON).args(["agent", "--help"]))
+}
+
+/// What the agent says to an option that it should not take, or take only with something else.
+fn refusal(option: &str) -> String {
+    let output = Command::new(GAMBESON).args(["agent", option]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{option}: {}", both(&output));
+    both(&output)
+}
+
+#[test]
+fn every_option_of_flannel_does_what_the_guide_says() {
+    let help = help();
+    let (mut same, mut refused) = (0, 0);
+    for (options, said) in rows("Flannel's options") {
+        for option in options.into_iter().filter(|option| option.starts_with("--")) {
+            if said.starts_with("refused") {
+                let any = option.replace('*', "endpoints");
+                assert!(refusal(&any).contains("unexpected argument"), "{option}");
+                refused += 1;
+            } else if said.starts_with("the same") {
+                assert!(help.contains(option), "{option} is not in the help");
+                same += 1;
+            }
+        }
+    }
+    assert!(same > 10 && refused > 3, "{same} {refused}");
+}
+
+#[test]
+fn every_option_of_k3s_does_what_the_guide_says() {
+    let help = help();
+    for (options, said) in rows("k3s") {
+        for option in options {
+            match option.split_once('=') {
+                Some((name, value)) => assert!(help.contains(name) && help.contains(value)),
+                None if option.starts_with("--") => assert!(help.contains(option), "{option}"),
+                None if said.starts_with("refused") => {
+                    let wrong = format!("--flannel-backend={option}");
+                    assert!(refusal(&wrong).contains("wireguard-native"), "{option}");
+                }
+                None => assert!(help.contains(option), "{option}"),
+            }
+        }
+    }
+    assert!(refusal("--flannel-backend=ipsec").contains("wireguard-native"));
+}
