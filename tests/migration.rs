@@ -19,7 +19,7 @@ const GAMBESON: &str = env!("CARGO_BIN_EXE_gambeson");
 const GRACE: Duration = Duration::from_secs(2);
 
 /// A cluster of Flannel's, whose agents-to-be accept this.
-fn flannels(nodes: u8, flannel_backend: Transport, transports: &str) -> Lab {
+pub(crate) fn flannels(nodes: u8, flannel_backend: Transport, transports: &str) -> Lab {
     let transports = Transports::parse(&[transports.to_owned()]).unwrap();
     let options = Options {
         nodes,

@@ -8,10 +8,12 @@ use gambeson_lab::traffic::{FlowReport, Rate, Traffic};
 use gambeson_lab::verify::Verification;
 use gambeson_lab::wait::until;
 use gambeson_lab::{Family, Lab, Node, Options, Progress, Transports};
+use gambeson_mesh::node::Transport;
 use serde_json::Value;
 
 use crate::common::agent::{address, answers, eventually};
 use crate::common::lab::{GAMBESON, both, chain, lab_options, lab_up};
+use crate::migration::flannels;
 
 /// The emulated machine is some ten times slower, and busy with packets; what takes this long
 /// is broken.
@@ -126,6 +128,29 @@ fn a_pair_changes_its_transport_without_losing_a_packet() {
     }
     let reports = traffic.finish(PATIENCE);
     assert!(reports.iter().all(FlowReport::is_perfect), "{reports:#?}");
+}
+
+/// Before Linux 6.2 a link is renamed only while it is down: what that loses comes back.
+#[test]
+fn flannels_device_is_taken_over_though_it_has_to_go_down() {
+    let lab = flannels(2, Transport::Vxlan, "vxlan");
+    for node in lab.nodes() {
+        let mac = |text: &str| {
+            let mut words = text.split_whitespace().skip_while(|word| *word != "link/ether");
+            words.nth(1).unwrap().to_owned()
+        };
+        let before = sh(&node, "ip -o link show flannel.1");
+        node.stop_agent().unwrap();
+        node.start_agent().unwrap();
+        eventually(node, "takes over", || {
+            let status = node.status().ok()?;
+            (status.ready && status.peers.len() == 1 && status.errors.is_empty()).then_some(())
+        });
+        let after = sh(&node, "ip -o link show gambeson-vx4");
+        assert_eq!(mac(&before), mac(&after));
+        let (from, to) = (lab.pod("pod-1-1").unwrap(), address(&lab, "pod-2-1"));
+        eventually(node, "reaches the other", || answers(from, to).then_some(()));
+    }
 }
 
 /// Everything of ours that somebody could damage, as text that is the same when it is whole.
