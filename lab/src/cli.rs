@@ -15,7 +15,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::traffic::{FlowReport, Rate, Traffic, report_table};
 use crate::{
-    Family, INTERRUPTED, Lab, LabError, LabName, Options, OptionsError, Progress, Transports,
+    Family, INTERRUPTED, Lab, LabError, LabName, Options, Progress, Transports, TransportsError,
     WireguardModes, paint, run_api_server,
 };
 
@@ -247,8 +247,8 @@ fn backend(name: &str) -> Result<Transport, String> {
     Transport::parse(name).ok_or_else(|| "give vxlan, host-gw or wireguard".to_owned())
 }
 
-fn usage(error: OptionsError) -> Failure {
-    Failure::new(Exit::Usage, LabError::Options(error))
+fn usage(error: TransportsError) -> Failure {
+    Failure::new(Exit::Usage, error)
 }
 
 fn up(name: LabName, args: UpArgs) -> Result<(), Failure> {

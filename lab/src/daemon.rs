@@ -94,8 +94,6 @@ pub fn run_api_server(name: &LabName, port: u16, admission: bool) -> Result<(), 
 
 /// Starts a node's agent.
 pub(super) fn start_agent(options: &Options, node: NodeIndex) -> Result<ProcessId, LabError> {
-    let folder = options.node_dir(node);
-    let log = folder.join(AGENT_LOG);
     let networks: Vec<String> = options.cluster_cidrs().iter().map(ToString::to_string).collect();
     let mut command = Command::new(&options.binary);
     command
@@ -108,33 +106,38 @@ pub(super) fn start_agent(options: &Options, node: NodeIndex) -> Result<ProcessI
         .args((options.flannel_nodes > 0).then_some("--flannel-compat"))
         .args(&options.agent_arguments)
         .env("NODE_NAME", node.name())
-        .env_remove("KUBECONFIG")
-        .stdin(Stdio::null())
-        .stdout(open_log(&log)?)
-        .stderr(open_log(&log)?)
-        .current_dir("/")
-        .process_group(0);
-    let child = environment(options, node).spawn(&mut command)?;
-    adopt(child, &format!("the agent of {}", node.name()), &log)
+        .env_remove("KUBECONFIG");
+    start_on(options, node, command, "the agent")
 }
 
 /// Starts the stand-in for flanneld on a node.
 pub(super) fn start_flannel(options: &Options, node: NodeIndex) -> Result<ProcessId, LabError> {
-    let log = options.node_dir(node).join(AGENT_LOG);
     let mut command = Command::new(options.lab_binary.with_file_name("flannel-stand-in"));
     command
         .args(["--api", &options.api_url(node), "--node", &node.name()])
         .args(["--iface", UNDERLAY_INTERFACE, "--net-config-path", NET_CONF])
         .args(["--subnet-file", SUBNET_ENV, "--cni-conf-dir", CONF_DIR])
         .arg("--tunnel-program")
-        .arg(&options.binary)
+        .arg(&options.binary);
+    start_on(options, node, command, "Flannel")
+}
+
+/// Starts what drives a node, with its output in the node's log.
+fn start_on(
+    options: &Options,
+    node: NodeIndex,
+    mut command: Command,
+    what: &str,
+) -> Result<ProcessId, LabError> {
+    let log = options.node_dir(node).join(AGENT_LOG);
+    command
         .stdin(Stdio::null())
         .stdout(open_log(&log)?)
         .stderr(open_log(&log)?)
         .current_dir("/")
         .process_group(0);
     let child = environment(options, node).spawn(&mut command)?;
-    adopt(child, &format!("Flannel on {}", node.name()), &log)
+    adopt(child, &format!("{what} of {}", node.name()), &log)
 }
 
 /// A node as programs on it see it.

@@ -46,4 +46,4 @@ pub use progress::Progress;
 pub use report::paint;
 pub use runtime::{BIN_DIR, CONF_DIR, ConfList};
 pub use status::{LabStatus, NodeStatus, PodStatus};
-pub use transports::Transports;
+pub use transports::{Transports, TransportsError};

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use gambeson_mesh::node::Transport;
 use serde::{Deserialize, Serialize};
 
-use crate::transports::Transports;
+use crate::transports::{Transports, TransportsError};
 
 /// Most nodes that a lab can have.
 pub(super) const MAX_NODES: u8 = 100;
@@ -151,11 +151,8 @@ pub enum OptionsError {
     #[error("\"{0}\" is no WireGuard mode: auto, kernel or userspace, or node-1=kernel,...")]
     Wireguard(String),
     /// A list of transports.
-    #[error(
-        "\"{0}\" is no list of transports: wireguard, host-gw, vxlan, with commas, or \
-         node-1=vxlan"
-    )]
-    Transports(String),
+    #[error(transparent)]
+    Transports(#[from] TransportsError),
 }
 
 /// Name of a lab: part of namespace, file and process names, and so kept simple.

@@ -5,7 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use gambeson_mesh::node::Transport;
 use serde::{Deserialize, Serialize};
 
-use crate::options::OptionsError;
+/// A list of transports that is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "\"{0}\" is no list of transports: wireguard, host-gw, vxlan, with commas, or node-1=vxlan"
+)]
+pub struct TransportsError(String);
 
 /// Transports of all nodes, and of some by name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,8 +31,8 @@ impl Transports {
     /// From arguments such as `wireguard,vxlan` for all nodes and `node-1=vxlan` for one.
     ///
     /// # Errors
-    /// [`OptionsError::Transports`].
-    pub fn parse(arguments: &[String]) -> Result<Self, OptionsError> {
+    /// [`TransportsError`].
+    pub fn parse(arguments: &[String]) -> Result<Self, TransportsError> {
         let mut transports = Self::default();
         for argument in arguments {
             match argument.split_once('=') {
@@ -48,10 +53,10 @@ impl Transports {
     /// A list such as `wireguard,vxlan`.
     ///
     /// # Errors
-    /// [`OptionsError::Transports`].
-    pub fn list(text: &str) -> Result<BTreeSet<Transport>, OptionsError> {
+    /// [`TransportsError`].
+    pub fn list(text: &str) -> Result<BTreeSet<Transport>, TransportsError> {
         let list: Option<_> = text.split(',').map(Transport::parse).collect();
-        list.ok_or_else(|| OptionsError::Transports(text.to_owned()))
+        list.ok_or_else(|| TransportsError(text.to_owned()))
     }
 }
 

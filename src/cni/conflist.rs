@@ -7,6 +7,8 @@ use serde_json::{Map, Value};
 pub const PLUGIN_NAME: &str = "gambeson-cni";
 /// The other name the plugin answers to, for configurations that Flannel wrote.
 pub const FLANNEL_NAME: &str = "flannel";
+/// The reference plugins that pods need.
+pub const REFERENCE_PLUGINS: [&str; 5] = ["bridge", "host-local", "loopback", "portmap", "static"];
 /// The bridge that the reference plugin makes when none is named.
 pub const DEFAULT_BRIDGE: &str = "cni0";
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-pub use super::conflist::{FLANNEL_NAME, PLUGIN_NAME};
+pub use super::conflist::{FLANNEL_NAME, PLUGIN_NAME, REFERENCE_PLUGINS};
 use super::{conflist, versions};
 use crate::files;
 
@@ -16,8 +16,6 @@ pub const DEFAULT_BIN_DIR: &str = "/opt/cni/bin";
 pub const DEFAULT_CONF_DIR: &str = "/etc/cni/net.d";
 /// Where the reference plugins are that a node may lack: Debian's folder, and the image's.
 pub const DEFAULT_PLUGINS_DIR: &str = "/usr/lib/cni";
-/// The reference plugins that pods need.
-pub const REFERENCE_PLUGINS: [&str; 5] = ["bridge", "host-local", "loopback", "portmap", "static"];
 /// File name of the configuration: the one Flannel uses, so that it is replaced, not joined.
 pub const CONFLIST_NAME: &str = "10-flannel.conflist";
 

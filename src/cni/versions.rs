@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::delegate::run_for;
-use super::{CURRENT_VERSION, install::REFERENCE_PLUGINS};
+use super::{CURRENT_VERSION, conflist::REFERENCE_PLUGINS};
 
 /// Flannel's, which every reference plugin speaks.
 pub const OLDEST: &str = "0.3.1";
