@@ -3,27 +3,28 @@
 use std::time::Duration;
 
 use gambeson_lab::traffic::{Rate, Traffic};
-use gambeson_lab::{Family, Lab, Node, Options, Transports, WireguardMode};
+use gambeson_lab::{Lab, Node};
 
 use crate::common::agent::status_when;
 use crate::common::lab::lab_up;
-use crate::common::scenario::options;
+use crate::common::scenario::{accept, accepting, dual};
 use crate::leak::Watch;
 
 /// Until the last packet has arrived.
 const GRACE: Duration = Duration::from_secs(2);
 
 fn lab(transports: &[&str]) -> Lab {
-    let arguments: Vec<String> = transports.iter().map(|&text| text.to_owned()).collect();
-    let transports = Transports::parse(&arguments).unwrap();
-    let dual =
-        Options { underlay: Family::Dual, pods: Family::Dual, ..options(WireguardMode::Userspace) };
-    lab_up(Options { transports, ..dual })
+    lab_up(dual(accepting(transports)))
 }
 
 /// Tells the agent of a node, and waits until both ends of the pair have moved.
 fn change(lab: &Lab, node: &str, list: &str, expected: &str) {
-    lab.node(node).unwrap().set_transports(&Transports::list(list).unwrap()).unwrap();
+    accept(lab.node(node).unwrap(), list);
+    all_moved(lab, expected);
+}
+
+/// Waits until every node uses this for every other.
+pub(crate) fn all_moved(lab: &Lab, expected: &str) {
     for node in lab.nodes() {
         moved(node, expected);
     }
@@ -89,7 +90,7 @@ fn an_agent_that_no_longer_allows_what_is_in_clear_shuts_it_at_once() {
     moved(node, "vxlan");
     node.stop_agent().unwrap();
     lab.kill_api().unwrap();
-    node.set_transports(&Transports::list("wireguard").unwrap()).unwrap();
+    accept(node, "wireguard");
     node.start_agent().unwrap();
     let [one, two] = ["pod-1-1", "pod-2-1"].map(|pod| lab.pod(pod).unwrap());
     status_when(node, "waits for the Nodes", |status| status.waiting.is_some());

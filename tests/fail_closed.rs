@@ -7,27 +7,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Scope, scope, sleep};
 use std::time::Duration;
 
-use gambeson_lab::{CONF_DIR, Family, Lab, Netns, Node, Options, Transports, WireguardMode};
+use gambeson_lab::{CONF_DIR, Lab, Netns, Node, Options};
 use nix::sys::signal::Signal;
 
 use crate::changeover::moved;
 use crate::common::agent::status_when;
-use crate::common::lab::lab_up;
-use crate::common::scenario::{assert_connected, guard_drops, options, run};
-use crate::leak::Watch;
+use crate::common::lab::{GAMBESON, both, lab_up};
+use crate::common::scenario::{accept, accepting, assert_connected, dual, guard_drops, run};
+use crate::leak::{DISCARD, Watch};
 
-const GAMBESON: &str = env!("CARGO_BIN_EXE_gambeson");
-/// UDP port that nobody listens on (discard).
-const DISCARD: u16 = 9;
 /// Between two rounds to all addresses.
 const PAUSE: Duration = Duration::from_millis(1);
 
 /// Three nodes, of which the last also accepts VXLAN.
 fn lab() -> Lab {
-    let arguments = ["wireguard", "node-3=wireguard,vxlan"].map(str::to_owned);
-    let transports = Transports::parse(&arguments).unwrap();
-    let options = Options { nodes: 3, transports, ..options(WireguardMode::Userspace) };
-    lab_up(Options { underlay: Family::Dual, pods: Family::Dual, ..options })
+    let options = accepting(&["wireguard", "node-3=wireguard,vxlan"]);
+    lab_up(dual(Options { nodes: 3, ..options }))
 }
 
 /// Sends from a place to these addresses until `stop`.
@@ -78,10 +73,6 @@ fn uninstall(node: Node<'_>, arguments: &[&str]) -> Output {
     node.exec(&command.concat()).unwrap()
 }
 
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned()
-}
-
 fn ready(node: Node<'_>) {
     status_when(node, "is in the mesh", |status| status.ready && status.peers.len() == 2);
 }
@@ -115,7 +106,6 @@ fn nothing_leaves_in_clear_whatever_happens_to_agents_and_firewalls() {
 fn nothing_leaves_in_clear_while_transports_change() {
     let lab = lab();
     let [one, two, three] = ["node-1", "node-2", "node-3"].map(|name| lab.node(name).unwrap());
-    let set = |node: Node<'_>, list| node.set_transports(&Transports::list(list).unwrap()).unwrap();
     let via_three = |expected: &str| {
         status_when(one, &format!("reaches node-3 by {expected}"), |status| {
             status.peers.iter().any(|peer| peer.name == "node-3" && peer.transport == expected)
@@ -124,18 +114,18 @@ fn nothing_leaves_in_clear_while_transports_change() {
     let watch = Watch::start(&lab);
     while_flooding(&lab, &watch, || {
         // Another pair's transport opens a device in clear, which is none for this pair.
-        set(one, "wireguard,vxlan");
-        set(three, "vxlan");
+        accept(one, "wireguard,vxlan");
+        accept(three, "vxlan");
         via_three("vxlan");
-        set(three, "wireguard,vxlan");
+        accept(three, "wireguard,vxlan");
         via_three("wireguard-userspace");
         // One end alone wants it in clear: the pair has no way left.
-        set(one, "vxlan");
+        accept(one, "vxlan");
         status_when(two, "refuses node-1", |status| {
             status.refused.iter().any(|refused| refused.name == "node-1")
         });
         sleep(Duration::from_secs(4));
-        set(one, "wireguard");
+        accept(one, "wireguard");
         moved(two, "wireguard-userspace");
     });
     watch.assert_silent();
@@ -149,14 +139,14 @@ fn only_uninstall_opens_the_guard_and_only_when_it_is_told_to() {
     let node = lab.node("node-1").unwrap();
     let refused = uninstall(node, &["--allow-plaintext"]);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(text(&refused).contains("an agent runs on this node"), "{}", text(&refused));
+    assert!(both(&refused).contains("an agent runs on this node"), "{}", both(&refused));
     assert_connected(&lab, "node-1", "node-2");
 
     node.stop_agent().unwrap();
     let watch = Watch::start(&lab);
     while_flooding(&lab, &watch, || {
         let removed = uninstall(node, &[]);
-        let said = text(&removed);
+        let said = both(&removed);
         assert!(removed.status.success(), "{said}");
         for part in ["- link gambeson0", "10-flannel.conflist", "keys.json stays", "guard stays"] {
             assert!(said.contains(part), "{said}");
@@ -175,7 +165,7 @@ fn only_uninstall_opens_the_guard_and_only_when_it_is_told_to() {
     let left = "ip route show proto 151; ip -6 route show proto 151; ip rule show pref 15100;
                 ip -6 rule show pref 15101; nft list ruleset";
     assert_eq!(run(&node.environment(), left), "");
-    assert!(text(&uninstall(node, &["--allow-plaintext"])).contains("nothing to remove"));
+    assert!(both(&uninstall(node, &["--allow-plaintext"])).contains("nothing to remove"));
     // The control: now the same packets are on the underlay.
     let open = Watch::start(&lab);
     while_flooding(&lab, &open, || sleep(Duration::from_millis(200)));

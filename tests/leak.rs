@@ -18,7 +18,7 @@ use crate::mesh::foreign_node;
 /// Length of a canary in bytes: by chance it appears nowhere.
 const LENGTH: usize = 32;
 /// UDP port that nobody listens on (discard).
-const DISCARD: u16 = 9;
+pub(crate) const DISCARD: u16 = 9;
 
 fn userspace() -> Options {
     options(WireguardMode::Userspace)

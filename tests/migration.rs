@@ -4,32 +4,23 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use gambeson_lab::traffic::{Rate, Traffic};
-use gambeson_lab::{CONF_DIR, Family, Lab, Node, Options, Patch, Transports, WireguardMode};
+use gambeson_lab::{CONF_DIR, Lab, Node, Options, Patch};
 
 use gambeson_mesh::node::Transport;
 use serde_json::json;
 
-use crate::changeover::moved;
+use crate::changeover::all_moved;
 use crate::common::agent::{eventually, status_when};
-use crate::common::lab::lab_up;
-use crate::common::scenario::{options, run};
+use crate::common::lab::{GAMBESON, lab_up};
+use crate::common::scenario::{accept, accepting, dual, run};
 
-const GAMBESON: &str = env!("CARGO_BIN_EXE_gambeson");
 /// Until the last packet has arrived.
 const GRACE: Duration = Duration::from_secs(2);
 
 /// A cluster of Flannel's, whose agents-to-be accept this.
 pub(crate) fn flannels(nodes: u8, flannel_backend: Transport, transports: &str) -> Lab {
-    let transports = Transports::parse(&[transports.to_owned()]).unwrap();
-    let options = Options {
-        nodes,
-        flannel_nodes: nodes,
-        flannel_backend,
-        transports,
-        ..options(WireguardMode::Userspace)
-    };
-    let dual = Options { underlay: Family::Dual, pods: Family::Dual, ..options };
-    lab_up(Options { admission: false, ..dual })
+    let options = dual(accepting(&[transports]));
+    lab_up(Options { nodes, flannel_nodes: nodes, flannel_backend, admission: false, ..options })
 }
 
 /// Numbered packets between all pairs of nodes, both ways, over both families.
@@ -72,9 +63,7 @@ fn a_cluster_moves_over_to_wireguard_and_back_without_losing_a_packet() {
     for node in lab.nodes() {
         to_gambeson(&lab, node);
     }
-    for node in lab.nodes() {
-        moved(node, "wireguard-userspace");
-    }
+    all_moved(&lab, "wireguard-userspace");
     assert_perfect(packets);
     for node in lab.nodes() {
         let left = run(&node.environment(), "ip -br link; ip route; nft list tables");
@@ -83,11 +72,9 @@ fn a_cluster_moves_over_to_wireguard_and_back_without_losing_a_packet() {
 
     let packets = traffic(&lab);
     for node in lab.nodes() {
-        node.set_transports(&Transports::list("vxlan").unwrap()).unwrap();
+        accept(node, "vxlan");
     }
-    for node in lab.nodes() {
-        moved(node, "vxlan");
-    }
+    all_moved(&lab, "vxlan");
     lab.nodes().into_iter().for_each(to_flannel);
     assert_perfect(packets);
     for node in lab.nodes() {
@@ -104,15 +91,11 @@ fn direct_routes_are_taken_over_without_losing_a_packet() {
     for node in lab.nodes() {
         to_gambeson(&lab, node);
     }
+    all_moved(&lab, "wireguard-userspace");
     for node in lab.nodes() {
-        moved(node, "wireguard-userspace");
+        accept(node, "host-gw");
     }
-    for node in lab.nodes() {
-        node.set_transports(&Transports::list("host-gw").unwrap()).unwrap();
-    }
-    for node in lab.nodes() {
-        moved(node, "host-gw");
-    }
+    all_moved(&lab, "host-gw");
     lab.nodes().into_iter().for_each(to_flannel);
     assert_perfect(packets);
     let left = run(&lab.nodes()[0].environment(), "ip route; ip -6 route");

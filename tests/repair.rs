@@ -6,12 +6,14 @@ use std::time::{Duration, Instant};
 
 use gambeson_lab::probe::ping::{Echo, Pinger};
 use gambeson_lab::wait::until;
-use gambeson_lab::{Family, Lab, Node, Options, Transports, WireguardMode};
+use gambeson_lab::{Family, Lab, Node, Options, WireguardMode};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::common::lab::lab_up as up;
-use crate::common::scenario::{PATIENCE, assert_connected, fingerprint, options, run, within};
+use crate::common::scenario::{
+    PATIENCE, accepting, assert_connected, dual, fingerprint, options, run, within,
+};
 
 /// The promise.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -126,8 +128,7 @@ fn rules() {
 
 #[test]
 fn tables() {
-    let transports = Transports::parse(&["vxlan".to_owned()]).unwrap();
-    damage(Options { transports, underlay: Family::Dual, ..userspace() }, TABLES);
+    damage(dual(accepting(&["vxlan"])), TABLES);
 }
 
 #[test]

@@ -2,24 +2,14 @@
 
 use std::path::Path;
 
-use gambeson_lab::{Family, Lab, Options, Patch, Progress, Transports, WireguardMode};
+use gambeson_lab::{Family, Lab, Options, Patch, Progress, WireguardMode};
 use serde_json::Value;
 
 use crate::common::agent::{eventually, status_when};
 use crate::common::lab::lab_up;
-use crate::common::scenario::{assert_connected, guard_drops, options, run};
+use crate::common::scenario::{accepting, assert_connected, dual, guard_drops, options, run};
 use crate::leak::Watch;
 use crate::status::get;
-
-fn accepting(transports: &[&str]) -> Options {
-    let arguments: Vec<String> = transports.iter().map(|&text| text.to_owned()).collect();
-    let transports = Transports::parse(&arguments).unwrap();
-    Options { transports, ..options(WireguardMode::Userspace) }
-}
-
-fn dual(options: Options) -> Options {
-    Options { underlay: Family::Dual, pods: Family::Dual, ..options }
-}
 
 /// Checks a whole lab, and that its pairs use these transports and no other.
 fn verify(options: Options, transports: &[&str]) -> Lab {

@@ -107,18 +107,12 @@ impl<'a> Node<'a> {
 
     /// Starts the agent.
     pub fn start_agent(&self) -> Result<(), LabError> {
-        let process = daemon::start_agent(&self.lab.options, self.index)?;
-        self.lab.change(|state| {
-            state.agents.insert(self.name(), process);
-        })
+        self.driven_by(daemon::start_agent(&self.lab.options, self.index)?)
     }
 
     /// Starts the stand-in for Flannel in place of the agent, which must have ended.
     pub fn start_flannel(&self) -> Result<(), LabError> {
-        let process = daemon::start_flannel(&self.lab.options, self.index)?;
-        self.lab.change(|state| {
-            state.agents.insert(self.name(), process);
-        })
+        self.driven_by(daemon::start_flannel(&self.lab.options, self.index)?)
     }
 
     /// Kills the agent with SIGKILL.
@@ -233,6 +227,12 @@ impl<'a> Node<'a> {
                 log: LogTail::of(&self.folder().join(AGENT_LOG)),
             }),
         }
+    }
+
+    fn driven_by(&self, process: ProcessId) -> Result<(), LabError> {
+        self.lab.change(|state| {
+            state.agents.insert(self.name(), process);
+        })
     }
 
     fn end_agent(&self, signal: Signal) -> Result<(), LabError> {

@@ -85,8 +85,7 @@ struct Step {
 
 /// Whether other nodes can see what this one accepts: its own Node, as they read it, says so.
 pub fn is_announced(local: &Local, own: &NodeRecord) -> bool {
-    let published = own.annotations.get(annotation::TRANSPORTS);
-    local.annotations().get(annotation::TRANSPORTS).is_some_and(|list| list.as_ref() == published)
+    own.annotations.get(annotation::TRANSPORTS) == Some(&Transport::list(&local.transports))
 }
 
 impl Changeover {

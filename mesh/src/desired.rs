@@ -268,11 +268,6 @@ pub enum NextHop {
 }
 
 impl NextHop {
-    /// Whether it takes packets to another node without encrypting them.
-    pub fn is_in_clear(self) -> bool {
-        matches!(self, Self::Vtep { .. } | Self::Node { .. })
-    }
-
     /// The device of ours that it leads out of.
     pub fn device(self) -> Option<DeviceName> {
         match self {

@@ -183,6 +183,12 @@ impl Transport {
         Self::ALL.into_iter().find(|t| t.as_str() == name)
     }
 
+    /// Several, as the annotation has them: best first.
+    pub fn list(transports: &BTreeSet<Self>) -> String {
+        let names: Vec<&str> = transports.iter().map(|transport| transport.as_str()).collect();
+        names.join(",")
+    }
+
     /// The one that a route of ours leads through, if it leads anywhere.
     pub fn of(next_hop: crate::desired::NextHop) -> Option<Self> {
         use crate::desired::NextHop;

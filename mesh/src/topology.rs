@@ -105,7 +105,8 @@ impl Topology {
     /// whoever holds a key or a pod CIDR keeps it over a restart.
     pub fn recover(&mut self, observed: &Observed) {
         self.recovered = recovered::recover(observed);
-        self.partial = observed.routes.values().any(|route| route.next_hop.is_in_clear());
+        let mut used = observed.routes.values().filter_map(|route| Transport::of(route.next_hop));
+        self.partial = used.any(|transport| !transport.is_encrypted());
     }
 
     /// The peers that were found in the kernel, for as long as no Node is known. None where

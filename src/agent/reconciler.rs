@@ -2,7 +2,6 @@
 //! to the difference, to the kernel.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
@@ -10,7 +9,7 @@ use gambeson_mesh::NodeName;
 use gambeson_mesh::changeover::{Changeover, Changes, is_announced};
 use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop};
 use gambeson_mesh::family::Family;
-use gambeson_mesh::node::{Local, Vteps};
+use gambeson_mesh::node::{Local, Transport, Vteps};
 use gambeson_mesh::observed::{Observed, ObservedLink};
 use gambeson_mesh::plan::{self, Action, Plan};
 use gambeson_mesh::session::DeviceName;
@@ -97,13 +96,9 @@ pub(super) struct View {
 impl Reconciler {
     pub(super) fn new(config: Config, kernel: Kernel) -> Self {
         let key_store = KeyStore::at(&config.key_file);
-        let folder = |file: &Path| file.parent().unwrap_or(file).to_owned();
-        let places = Places {
-            conf_dir: config.cni_conf_dir.clone(),
-            run_dir: folder(&config.socket),
-            state_dir: folder(&config.key_file),
-            given: config.cni_conf_file.clone(),
-        };
+        let Config { cni_conf_dir, socket, key_file, cni_conf_file, .. } = &config;
+        let given = cni_conf_file.clone();
+        let places = Places { given, ..Places::of_agent(cni_conf_dir, socket, key_file) };
         Self {
             config,
             kernel,
@@ -146,8 +141,8 @@ impl Reconciler {
     /// From the next pass on, packets may travel so.
     pub(super) fn set_backend(&mut self, backend: Backend) {
         if self.config.backend != backend {
-            let transports = backend.transports.iter().map(|transport| transport.as_str());
-            info!(transports = transports.collect::<Vec<_>>().join(","), "net-conf.json changed");
+            let transports = Transport::list(&backend.transports);
+            info!(transports, "net-conf.json changed");
             self.config.backend = backend;
         }
     }

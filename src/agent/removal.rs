@@ -65,13 +65,8 @@ pub async fn remove(removal: Removal) -> Result<Vec<String>, RemovalError> {
         return Err(RemovalError::AgentRuns(removal.socket));
     }
     let mut removed = Vec::new();
-    let folder = |file: &Path| file.parent().unwrap_or(file).to_owned();
-    let places = Places {
-        conf_dir: removal.cni_conf_dir,
-        run_dir: folder(&removal.socket),
-        state_dir: folder(&removal.key_file),
-        given: None,
-    };
+    let Removal { cni_conf_dir, socket, key_file, .. } = &removal;
+    let places = Places::of_agent(cni_conf_dir, socket, key_file);
     removed.extend(places.take_back()?.map(|path| format!("- {}", path.display())));
 
     let scope = Scope { tunnel_dir: removal.tunnel_dir, ..Scope::default() };

@@ -12,14 +12,11 @@ use gambeson_mesh::node::Transport;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
-use netlink_packet_route::route::{
-    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
-};
+use netlink_packet_route::route::{RouteFlags, RouteMessage, RouteProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use nix::libc::ESRCH;
 
 use super::link::{self, Link};
-use super::netlink::{Netlink, family_of};
+use super::netlink::Netlink;
 use super::{ApplyError, route, vtep};
 
 /// Flannel's WireGuard devices.
@@ -91,20 +88,20 @@ pub(super) async fn take_over(
     flannel: &Flannel<'_>,
 ) -> Result<Vec<String>, ApplyError> {
     let mut done = Vec::new();
-    for (link, PeerRoute { key, gateway, message }) in direct_routes(netlink, flannel).await? {
-        let ours = RouteKey { destination: key.destination, metric: PEER_ROUTE_METRIC };
-        if flannel.accepted.contains(&Transport::HostGw) {
-            let next_hop = NextHop::Node { link, gateway };
-            route::put(netlink, ours, &Route { next_hop, mtu: None, source: None }).await?;
-        }
-        delete(netlink, key, message).await?;
-        done.push(format!("route {}", key.destination));
+    for (link, found) in direct_routes(netlink, flannel).await? {
+        done.push(format!("route {}", found.key.destination));
+        let next_hop = NextHop::Node { link, gateway: found.gateway };
+        let keep = flannel.accepted.contains(&Transport::HostGw);
+        take_over_route(netlink, found, keep.then_some(next_hop)).await?;
     }
     let keep = flannel.accepted.contains(&Transport::Vxlan);
     for (device, link) in devices(netlink, flannel.vni).await? {
         if keep && link::find(netlink, device.as_str()).await?.is_none() {
             link::take_over(netlink, device, link.index).await?;
-            take_over_routes(netlink, device, link.index).await?;
+            for found in routes(netlink, link.index).await? {
+                let next_hop = NextHop::Vtep { device, gateway: found.gateway };
+                take_over_route(netlink, found, Some(next_hop)).await?;
+            }
             done.push(format!("{} is {device}", link.name));
         } else {
             link::delete_foreign(netlink, &link).await?;
@@ -120,19 +117,21 @@ pub(super) async fn take_over(
     Ok(done)
 }
 
-/// Flannel's route to each peer becomes one of ours that leads the same way.
-async fn take_over_routes(
+/// A route of Flannel's becomes one of ours that leads the same way, or none.
+async fn take_over_route(
     netlink: &mut Netlink,
-    device: DeviceName,
-    index: u32,
+    PeerRoute { key, message, .. }: PeerRoute,
+    next_hop: Option<NextHop>,
 ) -> Result<(), ApplyError> {
-    for PeerRoute { key, gateway, message } in routes(netlink, index).await? {
+    if let Some(next_hop) = next_hop {
         let ours = RouteKey { destination: key.destination, metric: PEER_ROUTE_METRIC };
-        let next_hop = NextHop::Vtep { device, gateway };
-        route::put(netlink, ours, &Route { next_hop, mtu: None, source: None }).await?;
-        delete(netlink, key, message).await?;
+        route::put(netlink, ours, &leading(next_hop)).await?;
     }
-    Ok(())
+    route::delete_message(netlink, key, message).await
+}
+
+fn leading(next_hop: NextHop) -> Route {
+    Route { next_hop, mtu: None, source: None }
 }
 
 /// Gives our VXLAN devices and direct routes back to Flannel, with Flannel's routes and without a pause. The guard
@@ -154,8 +153,8 @@ pub(super) async fn hand_back(netlink: &mut Netlink) -> Result<Vec<String>, Appl
                 let entry = VtepEntry::Neighbour { gateway: base, mac: *mac };
                 vtep::put(netlink, device, entry).await?;
             }
-            add(netlink, key, link.index, (base, RouteFlags::Onlink)).await?;
-            route::delete(netlink, key).await?;
+            let next_hop = NextHop::Vtep { device, gateway: base };
+            hand_back_route(netlink, key, next_hop, link.index).await?;
         }
         let name = name(family, vxlan.vxlan.vni);
         link::give_away(netlink, device, link.index, &name).await?;
@@ -163,38 +162,27 @@ pub(super) async fn hand_back(netlink: &mut Netlink) -> Result<Vec<String>, Appl
     }
     for (link, PeerRoute { key, gateway, message }) in all_routes(netlink).await? {
         if message.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) {
-            add(netlink, key, link, (gateway, RouteFlags::empty())).await?;
-            route::delete(netlink, key).await?;
+            hand_back_route(netlink, key, NextHop::Node { link, gateway }, link).await?;
             done.push(format!("route {}", key.destination));
         }
     }
     Ok(done)
 }
 
-/// Adds the route that Flannel has to another node's pods.
-async fn add(
+/// A route of ours becomes Flannel's: without a metric, and with the protocol of whoever sets none.
+async fn hand_back_route(
     netlink: &mut Netlink,
-    key: RouteKey,
-    index: u32,
-    (gateway, flags): (IpAddr, RouteFlags),
+    ours: RouteKey,
+    next_hop: NextHop,
+    link: u32,
 ) -> Result<(), ApplyError> {
-    let destination = key.destination;
-    let mut message = RouteMessage::default();
-    let header = &mut message.header;
-    header.address_family = family_of(destination.addr());
-    header.destination_prefix_length = destination.prefix_len();
-    header.table = RouteHeader::RT_TABLE_MAIN;
-    header.protocol = RouteProtocol::Boot;
-    header.kind = RouteType::Unicast;
-    header.flags = flags;
-    message.attributes.extend([
-        RouteAttribute::Destination(destination.network().into()),
-        RouteAttribute::Gateway(gateway.into()),
-        RouteAttribute::Oif(index),
-    ]);
+    let key = RouteKey { metric: 0, ..ours };
+    let mut message = route::message(key, &leading(next_hop), Some(link));
+    message.header.protocol = RouteProtocol::Boot;
     let flags = NLM_F_CREATE | NLM_F_REPLACE;
     let added = netlink.change(RouteNetlinkMessage::NewRoute(message), flags).await;
-    added.map_err(|source| ApplyError::PutRoute { key, source })
+    added.map_err(|source| ApplyError::PutRoute { key, source })?;
+    route::delete(netlink, ours).await
 }
 
 /// A route to another node's pods.
@@ -241,15 +229,4 @@ async fn all_routes(netlink: &mut Netlink) -> Result<Vec<(u32, PeerRoute)>, Appl
         }
     }
     Ok(found)
-}
-
-async fn delete(
-    netlink: &mut Netlink,
-    key: RouteKey,
-    message: RouteMessage,
-) -> Result<(), ApplyError> {
-    match netlink.change(RouteNetlinkMessage::DelRoute(message), 0).await {
-        Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(()),
-        result => result.map_err(|source| ApplyError::DeleteRoute { key, source }),
-    }
 }

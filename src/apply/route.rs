@@ -168,6 +168,15 @@ pub(super) async fn delete(netlink: &mut Netlink, key: RouteKey) -> Result<(), A
     // The kernel compares only what is set, and the protocol is: a foreign route stays.
     message.header.kind = RouteType::Unspec;
     message.header.scope = RouteScope::NoWhere;
+    delete_message(netlink, key, message).await
+}
+
+/// Removes the route that a message describes. One that is gone already is success.
+pub(super) async fn delete_message(
+    netlink: &mut Netlink,
+    key: RouteKey,
+    message: RouteMessage,
+) -> Result<(), ApplyError> {
     match netlink.change(RouteNetlinkMessage::DelRoute(message), 0).await {
         Err(error) if error.raw_os_error() == Some(ESRCH) => Ok(()),
         result => result.map_err(|source| ApplyError::DeleteRoute { key, source }),
@@ -221,7 +230,7 @@ pub(crate) async fn dump(
         .collect())
 }
 
-fn message(key: RouteKey, route: &Route, index: Option<u32>) -> RouteMessage {
+pub(super) fn message(key: RouteKey, route: &Route, index: Option<u32>) -> RouteMessage {
     let mut message = blank(key);
     message.header.kind = RouteType::Unicast;
     message.attributes.extend(index.map(RouteAttribute::Oif));

@@ -23,6 +23,13 @@ pub struct Places {
 }
 
 impl Places {
+    /// With the run folder of the agent's socket and the state folder of its key file.
+    pub fn of_agent(conf_dir: &Path, socket: &Path, key_file: &Path) -> Self {
+        let folder = |file: &Path| file.parent().unwrap_or(file).to_owned();
+        let [run_dir, state_dir] = [socket, key_file].map(folder);
+        Self { conf_dir: conf_dir.to_owned(), run_dir, state_dir, given: None }
+    }
+
     /// Puts the configuration for pods on `bridge` in place, in this version of the CNI
     /// specification unless an operator has chosen another, with all that an operator has
     /// added to what is there. Returns whether something changed.

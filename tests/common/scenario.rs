@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use gambeson_lab::probe::ping::Pinger;
 use gambeson_lab::wait::until;
-use gambeson_lab::{Environment, Lab, Node, Options, Pod, WireguardMode, WireguardModes};
+use gambeson_lab::{
+    Environment, Family, Lab, Node, Options, Pod, Transports, WireguardMode, WireguardModes,
+};
 
 use crate::common::lab::lab_options;
 
@@ -15,6 +17,23 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// Two nodes with one pod each, and agents that are told to use this WireGuard.
 pub(crate) fn options(mode: WireguardMode) -> Options {
     Options { wireguard: WireguardModes::all(mode), ..lab_options() }
+}
+
+/// The same with userspace WireGuard, where agents accept these lists: of all, or node-1=vxlan.
+pub(crate) fn accepting(lists: &[&str]) -> Options {
+    let arguments: Vec<String> = lists.iter().map(|&text| text.to_owned()).collect();
+    let transports = Transports::parse(&arguments).unwrap();
+    Options { transports, ..options(WireguardMode::Userspace) }
+}
+
+/// The same with both families of underlay and pods.
+pub(crate) fn dual(options: Options) -> Options {
+    Options { underlay: Family::Dual, pods: Family::Dual, ..options }
+}
+
+/// Tells a node's agent which transports it accepts from now on.
+pub(crate) fn accept(node: Node<'_>, list: &str) {
+    node.set_transports(&Transports::list(list).unwrap()).unwrap();
 }
 
 /// Waits for something that must happen.

@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use crate::common::agent::{address, answers, eventually};
 use crate::common::lab::{GAMBESON, both, chain, lab_options, lab_up};
+use crate::common::scenario::accept;
 use crate::migration::flannels;
 
 /// The emulated machine is some ten times slower, and busy with packets; what takes this long
@@ -117,8 +118,7 @@ fn a_pair_changes_its_transport_without_losing_a_packet() {
     let rate = Rate { packets_per_second: 100, ..Rate::default() };
     let traffic = Traffic::start_within(&[pair], rate, WINDOW).unwrap();
     for (list, expected) in [("host-gw", "host-gw"), (both, "wireguard-kernel")] {
-        let list = Transports::list(list).unwrap();
-        lab.node("node-1").unwrap().set_transports(&list).unwrap();
+        accept(lab.node("node-1").unwrap(), list);
         for node in lab.nodes() {
             eventually(node, expected, || {
                 let status = node.status().ok()?;

@@ -29,7 +29,6 @@ impl Local {
         let next = current
             .and_then(|(generation, _)| generation.next())
             .and_then(|generation| self.keys.get(&generation));
-        let transports: Vec<&str> = self.transports.iter().map(|t| t.as_str()).collect();
         let offered = self.transports.contains(&Transport::Vxlan);
         let mac = |family| self.vteps.get(family).filter(|_| offered).map(|mac| mac.to_string());
         let flannels = self.flannel.map(|kind| flannel::published(self, kind));
@@ -40,7 +39,7 @@ impl Local {
             (annotation::ENDPOINT, self.endpoints.v4.map(|address| address.to_string())),
             (annotation::ENDPOINT_V6, self.endpoints.v6.map(|address| address.to_string())),
             (annotation::PORT, Some(self.port.to_string())),
-            (annotation::TRANSPORTS, Some(transports.join(","))),
+            (annotation::TRANSPORTS, Some(Transport::list(&self.transports))),
             (annotation::VTEP_MAC, mac(Family::V4)),
             (annotation::VTEP_MAC_V6, mac(Family::V6)),
             (annotation::MTU, Some(self.inner_mtu().to_string())),
