@@ -43,6 +43,8 @@ pub struct Status {
     pub generation: Option<u64>,
     /// This node's public key in use, in base64.
     pub public_key: Option<String>,
+    /// The replacement of this node's key, while it is under way.
+    pub rotation: Option<RotationStatus>,
     /// Inner MTU of this node in bytes.
     pub mtu: Option<u32>,
     /// The underlay interface.
@@ -78,6 +80,38 @@ pub struct UnderlayStatus {
     pub mtu: u32,
     /// Addresses that other nodes send to.
     pub endpoints: Vec<IpAddr>,
+}
+
+/// A rotation of this node's key that is under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RotationStatus {
+    /// Generation of the old key.
+    pub from: u64,
+    /// Generation of the new key.
+    pub to: u64,
+    /// `say`, `move`, `promote` or `retire`: what it waits for.
+    pub step: String,
+    /// For how many seconds this agent has known of it.
+    pub seconds: u64,
+    /// Peers with WireGuard.
+    pub peers: usize,
+    /// Those that have left the old key.
+    pub moved: usize,
+    /// Those that are waited for, and why.
+    pub waiting: Vec<WaitingPeer>,
+    /// Those that do not answer, and are not waited for.
+    pub away: Vec<NodeName>,
+    /// Whether peers are waited for that should have moved by now.
+    pub blocked: bool,
+}
+
+/// A peer that has not left the old key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitingPeer {
+    /// Its name.
+    pub name: NodeName,
+    /// What it has not done.
+    pub reason: String,
 }
 
 /// One peer.
@@ -191,6 +225,7 @@ impl Status {
             implementation: None,
             generation: None,
             public_key: None,
+            rotation: None,
             mtu: None,
             underlay: None,
             peers: Vec::new(),

@@ -26,6 +26,7 @@ mod mesh;
 mod migration;
 mod nat;
 mod repair;
+mod rotation;
 mod start;
 mod status;
 mod survive;

@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use gambeson_keys::{Generation, KeyStore};
+use gambeson_keys::{Answer, Generation, KeyStore};
 use gambeson_lab::{CONF_DIR, ConfList, Lab, Node, Options, Patch};
 use serde_json::json;
 
@@ -173,7 +173,7 @@ fn a_key_file_that_is_not_as_it_was_left_is_refused_and_not_touched() {
     let folder = file.parent().unwrap();
     for (what, damage) in damages {
         let _ = fs::remove_dir_all(folder);
-        KeyStore::at(&file).create(Generation::FIRST).unwrap();
+        KeyStore::at(&file).create(Generation::FIRST, Answer::default()).unwrap();
         damage(&file);
         let before = fingerprint(&file);
         let output = agent(node, &[], &[]);

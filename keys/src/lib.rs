@@ -18,6 +18,6 @@ pub use generation::Generation;
 pub use key::PrivateKey;
 pub use public::{PublicKey, PublicKeyError, is_low_order};
 #[cfg(feature = "private")]
-pub use ring::KeyRing;
+pub use ring::{Answer, KeyRing};
 #[cfg(feature = "private")]
 pub use store::{KeyStore, KeyStoreError};

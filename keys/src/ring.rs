@@ -1,43 +1,105 @@
 use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::{Generation, PrivateKey, PublicKey};
 
 /// The private keys of this node by generation: one, or two while a rotation runs.
 #[derive(Debug)]
 pub struct KeyRing {
-    current: Generation,
-    keys: BTreeMap<Generation, PrivateKey>,
+    keys: BTreeMap<Generation, Entry>,
+    newest: Generation,
+    answer: Answer,
+}
+
+/// What the newest key was made for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// The last request for a new key, which it answers.
+    pub request: Option<String>,
+    /// Whether the older key is to go at once.
+    pub revoke: bool,
+}
+
+/// A key, and when it was made.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) key: PrivateKey,
+    /// Seconds since the Unix epoch. Unknown where the file does not say.
+    pub(crate) made: Option<u64>,
+}
+
+impl Entry {
+    pub(crate) fn generate() -> Self {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map(|time| time.as_secs());
+        Self { key: PrivateKey::generate(), made: now.ok() }
+    }
 }
 
 impl KeyRing {
     /// A ring of one key.
     pub fn new(generation: Generation, key: PrivateKey) -> Self {
-        Self { current: generation, keys: BTreeMap::from([(generation, key)]) }
+        Self::first(generation, Entry { key, made: None }, Answer::default())
+    }
+
+    pub(crate) fn first(generation: Generation, entry: Entry, answer: Answer) -> Self {
+        Self { keys: BTreeMap::from([(generation, entry)]), newest: generation, answer }
     }
 
     /// A ring of these keys, or `None` when there are none.
-    pub(crate) fn from_keys(keys: BTreeMap<Generation, PrivateKey>) -> Option<Self> {
-        let current = *keys.first_key_value()?.0;
-        Some(Self { current, keys })
+    pub(crate) fn from_parts(keys: BTreeMap<Generation, Entry>, answer: Answer) -> Option<Self> {
+        let newest = *keys.last_key_value()?.0;
+        Some(Self { keys, newest, answer })
     }
 
     /// The private keys, oldest generation first.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (Generation, &PrivateKey)> {
-        self.keys.iter().map(|(generation, key)| (*generation, key))
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Generation, &Entry)> {
+        self.keys.iter().map(|(generation, entry)| (*generation, entry))
+    }
+
+    /// The newest private key.
+    pub(crate) fn newest_alone(&self) -> impl Iterator<Item = (Generation, &Entry)> {
+        self.iter().filter(|(generation, _)| *generation == self.newest)
     }
 
     /// The private key of a generation.
     pub fn private(&self, generation: Generation) -> Option<&PrivateKey> {
-        self.keys.get(&generation)
+        self.keys.get(&generation).map(|entry| &entry.key)
     }
 
     /// The public keys by generation.
     pub fn publics(&self) -> BTreeMap<Generation, PublicKey> {
-        self.keys.iter().map(|(generation, key)| (*generation, key.public())).collect()
+        self.iter().map(|(generation, entry)| (generation, entry.key.public())).collect()
     }
 
-    /// The generation in use: the oldest, because a newer one replaces it only by its removal.
-    pub fn current(&self) -> Generation {
-        self.current
+    /// The newest generation: the only one, unless a rotation runs.
+    pub fn newest(&self) -> Generation {
+        self.newest
+    }
+
+    /// What the newest key was made for.
+    pub fn answer(&self) -> &Answer {
+        &self.answer
+    }
+
+    /// How old the newest key is, if that is known. One from the future is new: the clock was
+    /// set back since.
+    pub fn age(&self, now: SystemTime) -> Option<Duration> {
+        let made = self.newest_alone().next()?.1.made?;
+        let made = UNIX_EPOCH.checked_add(Duration::from_secs(made))?;
+        Some(now.duration_since(made).unwrap_or_default())
+    }
+
+    /// The newest key, and one after it.
+    pub(crate) fn add_next(&mut self, next: Generation, entry: Entry, answer: Answer) {
+        self.keep_newest();
+        self.keys.insert(next, entry);
+        self.newest = next;
+        self.answer = answer;
+    }
+
+    /// Drops every key but the newest, from memory as well.
+    pub(crate) fn keep_newest(&mut self) {
+        let newest = self.newest;
+        self.keys.retain(|generation, _| *generation == newest);
     }
 }

@@ -15,7 +15,8 @@ use nix::sys::stat::{Mode, fstatat};
 use nix::unistd::{Uid, UnlinkatFlags, unlinkat};
 use zeroize::Zeroizing;
 
-use crate::{Generation, KeyRing, PrivateKey};
+use crate::ring::Entry;
+use crate::{Answer, Generation, KeyRing};
 
 mod document;
 mod error;
@@ -66,25 +67,64 @@ impl KeyStore {
         self.read(file).map(Some)
     }
 
-    /// Makes the first key, durably: when this returns, the key survives a power cut.
+    /// Makes the first key, durably: when this returns, the key survives a power cut. It
+    /// answers what was asked for before.
     ///
     /// # Errors
     /// [`KeyStoreError::Exists`] when there is a file already, whatever its state, and any
     /// failure to write.
-    pub fn create(&self, first: Generation) -> Result<KeyRing, KeyStoreError> {
-        let (directory_path, name) = self.split()?;
-        let directory = self.make_directory(directory_path)?;
-        // The lock makes the temporary ours alone, so that one left by a crash can be removed.
-        let directory = Flock::lock(directory, FlockArg::LockExclusive)
-            .map_err(|(_, errno)| self.write_error("lock the directory of", errno.into()))?;
+    pub fn create(&self, first: Generation, answer: Answer) -> Result<KeyRing, KeyStoreError> {
+        let (directory, name) = self.lock()?;
         match fstatat(&*directory, &*name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Err(Errno::ENOENT) => {}
             Ok(_) => return Err(KeyStoreError::Exists { path: self.path.clone() }),
             Err(errno) => return Err(self.read_error(errno.into())),
         }
-        let ring = KeyRing::new(first, PrivateKey::generate());
-        self.write(&directory, &name, &ring)?;
+        let ring = KeyRing::first(first, Entry::generate(), answer);
+        self.write(&directory, &name, ring.iter(), ring.answer())?;
         Ok(ring)
+    }
+
+    /// Makes the key of the next generation beside the newest one, durably, and drops older
+    /// ones.
+    ///
+    /// # Errors
+    /// Any failure to write; the ring is as it was.
+    pub fn add_next(&self, ring: &mut KeyRing, answer: Answer) -> Result<(), KeyStoreError> {
+        let next = ring.newest().next().ok_or_else(|| self.last_generation())?;
+        let (directory, name) = self.lock()?;
+        let entry = Entry::generate();
+        let keys = ring.newest_alone().chain([(next, &entry)]);
+        self.write(&directory, &name, keys, &answer)?;
+        ring.add_next(next, entry, answer);
+        Ok(())
+    }
+
+    /// Takes away every key but the newest, from the disk and from memory. The file that had them
+    /// is overwritten, as far as the file system writes in place.
+    ///
+    /// # Errors
+    /// Any failure to write. The ring is as it was, unless only overwriting failed.
+    pub fn retire_older(&self, ring: &mut KeyRing) -> Result<(), KeyStoreError> {
+        let (directory, name) = self.lock()?;
+        let flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let former = openat(&*directory, &*name, flags, Mode::empty()).map(File::from);
+        self.write(&directory, &name, ring.newest_alone(), ring.answer())?;
+        ring.keep_newest();
+        if let Ok(former) = former {
+            overwrite(former).map_err(|source| self.write_error("erase a former", source))?;
+        }
+        Ok(())
+    }
+
+    /// Opens the directory, made where it is missing. The lock makes the temporary this
+    /// process's alone, so that one left by a crash can be removed.
+    fn lock(&self) -> Result<(Flock<File>, OsString), KeyStoreError> {
+        let (directory_path, name) = self.split()?;
+        let directory = self.make_directory(directory_path)?;
+        let directory = Flock::lock(directory, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| self.write_error("lock the directory of", errno.into()))?;
+        Ok((directory, name))
     }
 
     fn split(&self) -> Result<(&Path, OsString), KeyStoreError> {
@@ -187,13 +227,14 @@ impl KeyStore {
             .map_err(|what| KeyStoreError::Corrupt { path: self.path.clone(), what })
     }
 
-    fn write(
+    fn write<'a>(
         &self,
         directory: &File,
         name: &OsString,
-        ring: &KeyRing,
+        keys: impl Iterator<Item = (Generation, &'a Entry)>,
+        answer: &Answer,
     ) -> Result<(), KeyStoreError> {
-        let bytes = document::render(ring)
+        let bytes = document::render(keys, answer)
             .map_err(|source| self.write_error("encode", io::Error::other(source)))?;
         let temporary = temporary_name(name);
         match unlinkat(directory, &*temporary, UnlinkatFlags::NoRemoveDir) {
@@ -209,6 +250,10 @@ impl KeyStore {
             let _ = unlinkat(directory, &*temporary, UnlinkatFlags::NoRemoveDir);
             self.write_error("write", source)
         })
+    }
+
+    fn last_generation(&self) -> KeyStoreError {
+        KeyStoreError::LastGeneration { path: self.path.clone() }
     }
 
     fn read_error(&self, source: io::Error) -> KeyStoreError {
@@ -235,6 +280,13 @@ fn write_new(directory: &File, name: &OsString, bytes: &[u8]) -> io::Result<()> 
     // The umask may have taken bits away.
     file.set_permissions(std::fs::Permissions::from_mode(0o600))?;
     file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Zeros in place of what a file holds that no name leads to any more.
+fn overwrite(mut file: File) -> io::Result<()> {
+    let length = file.metadata()?.len().min(LIMIT as u64);
+    io::copy(&mut io::repeat(0).take(length), &mut file)?;
     file.sync_all()
 }
 

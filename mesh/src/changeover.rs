@@ -21,10 +21,11 @@ use crate::NodeName;
 use crate::desired::{PEER_ROUTE_METRIC, RouteKey};
 use crate::family::Family;
 use crate::health::PeerState;
+use crate::live;
 use crate::node::{Local, Node, NodeRecord, Transport, annotation};
 use crate::observed::{Observed, ObservedLink};
 use crate::pair;
-use crate::session::{DeviceName, Session};
+use crate::session::DeviceName;
 use crate::topology::Mesh;
 
 #[cfg(test)]
@@ -180,11 +181,10 @@ fn may_stay(transport: Transport, local: &Local, node: &Node) -> bool {
 }
 
 fn has_session(local: &Local, node: &Node, observed: &Observed) -> bool {
-    let session = local.current_key().map(|(own, _)| Session::between(own, node.generation));
-    let link = session.and_then(|session| observed.links.get(&session.device()));
-    let peers = link.and_then(|link| link.wireguard.as_ref()).map(|state| &state.peers);
-    let peer = peers.and_then(|peers| peers.get(&node.public_key?));
-    peer.is_some_and(|peer| PeerState::new(peer.handshake_age) == PeerState::Up)
+    live::sessions(local, node).any(|(keys, key)| {
+        let peer = live::peer(local, observed, keys, &key);
+        peer.is_some_and(|peer| PeerState::new(peer.handshake_age) == PeerState::Up)
+    })
 }
 
 fn has_devices(local: &Local, node: &Node, observed: &Observed) -> bool {

@@ -36,6 +36,7 @@ pub(crate) fn local(i: u8, generation: u64) -> Local {
         pod_cidrs,
         cluster_networks: BTreeSet::from([net("10.244.0.0/16"), net("fd00:10:244::/48")]),
         keys: BTreeMap::from([(Generation::new(generation), key(i))]),
+        promoted: false,
         endpoints,
         addresses: endpoints,
         port: DEFAULT_PORT,

@@ -11,11 +11,13 @@ pub mod family;
 #[cfg(test)]
 mod fixtures;
 pub mod health;
+pub mod live;
 pub mod mac;
 pub mod node;
 pub mod observed;
 pub mod pair;
 pub mod plan;
+pub mod rotation;
 pub mod session;
 #[cfg(test)]
 mod sim;

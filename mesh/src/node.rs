@@ -98,6 +98,8 @@ pub struct Local {
     pub cluster_networks: BTreeSet<IpNet>,
     /// Public keys of this node by generation. The first is in use, a second is next.
     pub keys: BTreeMap<Generation, PublicKey>,
+    /// Whether the second has taken the first one's place, which only waits to be retired.
+    pub promoted: bool,
     /// Published endpoints.
     pub endpoints: Endpoints,
     /// Its own addresses on the underlay, which behind NAT are others.
@@ -227,7 +229,9 @@ impl fmt::Display for Transport {
 impl Local {
     /// The generation in use and its public key, once there is a key.
     pub fn current_key(&self) -> Option<(Generation, PublicKey)> {
-        self.keys.first_key_value().map(|(generation, key)| (*generation, *key))
+        let key =
+            if self.promoted { self.keys.last_key_value() } else { self.keys.first_key_value() };
+        key.map(|(generation, key)| (*generation, *key))
     }
 
     /// MTU of this node's pods in bytes: what is left of the underlay's after the transport

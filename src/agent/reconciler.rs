@@ -6,15 +6,17 @@ use std::time::{Duration, Instant, SystemTime};
 
 use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
 use gambeson_mesh::NodeName;
-use gambeson_mesh::changeover::{Changeover, Changes, is_announced};
+use gambeson_mesh::changeover::{Changeover, is_announced};
 use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop};
 use gambeson_mesh::family::Family;
+use gambeson_mesh::live::Liveness;
 use gambeson_mesh::node::{Local, Transport, Vteps};
 use gambeson_mesh::observed::{Observed, ObservedLink};
 use gambeson_mesh::plan::{self, Action, Plan};
+use gambeson_mesh::rotation::{Progress, Rotation};
 use gambeson_mesh::session::DeviceName;
 use gambeson_mesh::topology::{self, Mesh, Topology};
-use gambeson_mesh::transport;
+use gambeson_mesh::transport::{self, Paths};
 use ipnet::IpNet;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
@@ -34,6 +36,7 @@ use crate::underlay::Underlay;
 const NO_LIST: &str = "the list of Nodes from the API server";
 
 mod inputs;
+mod rotate;
 
 /// Carries out passes, and keeps what must not be forgotten between them.
 #[derive(Debug)]
@@ -49,6 +52,8 @@ pub(super) struct Reconciler {
     implementation: Option<Implementation>,
     topology: Topology,
     changeover: Changeover,
+    liveness: Liveness,
+    rotation: Rotation,
     /// Whether the topology knows what a former agent left in the kernel.
     recovered: bool,
     /// Addresses of the VXLAN devices that a former agent, or Flannel, left in the kernel.
@@ -91,6 +96,7 @@ pub(super) struct View {
     pub(super) desired: Desired,
     /// As it was before the changes of this pass.
     pub(super) observed: Observed,
+    pub(super) rotation: Option<Progress>,
 }
 
 impl Reconciler {
@@ -109,6 +115,8 @@ impl Reconciler {
             implementation: None,
             topology: Topology::new(),
             changeover: Changeover::default(),
+            liveness: Liveness::default(),
+            rotation: Rotation::default(),
             recovered: false,
             found: Vteps::default(),
             underlay: None,
@@ -167,7 +175,7 @@ impl Reconciler {
     /// goes on where this one's options allow it as well.
     async fn closed(&mut self) -> Desired {
         let local = self.local("", BTreeSet::new(), &Underlay::unknown());
-        let mut desired = transport::desired(&Mesh::default(), &local, &Changes::new());
+        let mut desired = transport::desired(&Mesh::default(), &local, &Paths::default());
         if local.transports.iter().any(|transport| !transport.is_encrypted()) {
             desired.ruleset.plaintext = self.kernel.in_clear(&local.transports).await;
         }
@@ -238,10 +246,16 @@ impl Reconciler {
             None => self.topology.recovered(),
         };
         let now = Instant::now();
+        let pairs = self.liveness.follow(&mesh, &local, &observed, now);
+        if let Some(own) = &inputs.own {
+            self.rotate(&mut local, (&mesh, &pairs, &observed, own), now, &mut pass).await;
+        }
         let announced = inputs.own.as_ref().is_some_and(|own| is_announced(&local, own));
         let changes = self.changeover.follow(&mesh, &local, &observed, announced, now);
-        pass.again = self.changeover.next_look(now);
-        let desired = transport::desired(&mesh, &local, &changes);
+        let looks = [self.changeover.next_look(now), self.liveness.next_look(now)];
+        pass.again = looks.into_iter().flatten().chain(self.rotation.next_look()).min();
+        let paths = Paths { changes, pairs };
+        let desired = transport::desired(&mesh, &local, &paths);
         let plan = Plan::new(&desired, &observed);
         self.check_foreign(&plan, &mut pass)?;
         self.check_ports(&desired, &observed)?;
@@ -263,7 +277,8 @@ impl Reconciler {
         }
         let node_uid = inputs.own.map(|own| own.uid).unwrap_or_default();
         let underlay = inputs.underlay;
-        pass.view = Some(View { node_uid, local, underlay, mesh, desired, observed });
+        let rotation = self.rotation.progress().cloned();
+        pass.view = Some(View { node_uid, local, underlay, mesh, desired, observed, rotation });
         Ok(pass)
     }
 

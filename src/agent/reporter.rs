@@ -11,12 +11,15 @@ use gambeson_mesh::observed::ObservedPeer;
 use gambeson_mesh::topology::Mesh;
 use tracing::{debug, info, warn};
 
+use self::rotation::RotationReport;
 use super::reconciler::{Pass, View};
 use crate::apply::GuardDrops;
 use crate::cluster::{Note, Reason, Recorder};
 use crate::status::{
     Admission, GuardStatus, PeerStatus, RefusedStatus, Status, UnderlayStatus, transport_name,
 };
+
+pub(super) mod rotation;
 
 /// How often it is said again what the agent waits for.
 const REMIND: Duration = Duration::from_secs(60);
@@ -36,6 +39,7 @@ pub(super) struct Reporter {
     /// Peers that are reached in clear, and how.
     plaintext: BTreeMap<NodeName, Transport>,
     warnings: BTreeSet<(Reason, String)>,
+    rotation: RotationReport,
     problems: BTreeSet<String>,
     waiting: Option<(String, Instant)>,
     ready: bool,
@@ -54,6 +58,7 @@ impl Reporter {
             refused: BTreeMap::new(),
             plaintext: BTreeMap::new(),
             warnings: BTreeSet::new(),
+            rotation: RotationReport::default(),
             problems: BTreeSet::new(),
             waiting: None,
             ready: false,
@@ -100,13 +105,14 @@ impl Reporter {
             self.report_peers(&view.mesh);
             self.report_refused(&view.mesh, &view.node_uid);
             self.report_plaintext(view);
+            self.rotation.report(view, &self.events, now);
             self.report_warnings(warnings(pass, &view.mesh).collect(), &view.node_uid);
         }
         if pass.ready && !self.ready {
             info!("ready");
         }
         self.ready = pass.ready;
-        self.last = self.status(pass, troubles);
+        self.last = self.status(pass, troubles, now);
         self.last.clone()
     }
 
@@ -226,7 +232,7 @@ impl Reporter {
         self.warnings = warnings;
     }
 
-    fn status(&self, pass: &Pass, troubles: &[String]) -> Status {
+    fn status(&self, pass: &Pass, troubles: &[String], now: Instant) -> Status {
         let mut status = Status {
             guard: self.guard,
             admission: self.admission,
@@ -244,6 +250,7 @@ impl Reporter {
         if let Some((generation, key)) = local.current_key() {
             status.set_key(generation, key);
         }
+        status.rotation = view.rotation.as_ref().map(|progress| rotation::status(progress, now));
         status.mtu = Some(local.inner_mtu());
         status.underlay = Some(UnderlayStatus {
             interface: underlay.name.clone(),
@@ -292,13 +299,15 @@ fn implementation_name(implementation: Implementation) -> &'static str {
 fn peer_status(node: &Node, view: &View) -> PeerStatus {
     let path = path(node, view);
     let device = path.and_then(|(_, next_hop)| next_hop.device());
+    // A device has one of them.
+    let keys = || [node.public_key, node.next_public_key].into_iter().flatten();
     let configured = device
         .and_then(|name| view.desired.devices.get(&name))
-        .and_then(|device| device.peers.get(&node.public_key?));
+        .and_then(|device| keys().find_map(|key| device.peers.get(&key)));
     let observed = device
         .and_then(|name| view.observed.links.get(&name))
         .and_then(|link| link.wireguard.as_ref())
-        .and_then(|wireguard| wireguard.peers.get(&node.public_key?));
+        .and_then(|wireguard| keys().find_map(|key| wireguard.peers.get(&key)));
     let seen = |value: fn(&ObservedPeer) -> u64| observed.map_or(0, value);
     let own_mtu = view.local.inner_mtu();
     let link = match path {

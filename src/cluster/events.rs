@@ -40,6 +40,12 @@ pub enum Reason {
     OptionIgnored,
     /// What pods send to and from a peer travels in clear.
     PlaintextPeer,
+    /// The replacement of this node's key goes on.
+    KeyRotation,
+    /// A peer still uses the key that is to be replaced.
+    RotationBlocked,
+    /// This node has a new key, and the old one is gone.
+    KeyRotated,
     /// Something on this node works, and is probably not meant.
     NodeAdvice,
 }
@@ -50,6 +56,9 @@ impl Reason {
             Self::PeerRefused => "PeerRefused",
             Self::OptionIgnored => "OptionIgnored",
             Self::PlaintextPeer => "PlaintextPeer",
+            Self::KeyRotation => "KeyRotation",
+            Self::RotationBlocked => "RotationBlocked",
+            Self::KeyRotated => "KeyRotated",
             Self::NodeAdvice => "NodeAdvice",
         }
     }

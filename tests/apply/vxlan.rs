@@ -4,13 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use gambeson_keys::{Generation, PrivateKey};
-use gambeson_mesh::changeover::Changes;
 use gambeson_mesh::desired::{Desired, Implementation, Vxlan};
 use gambeson_mesh::family::Family;
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport};
 use gambeson_mesh::plan::{Action, Plan};
 use gambeson_mesh::topology::Topology;
-use gambeson_mesh::transport;
+use gambeson_mesh::transport::{self, Paths};
 use ipnet::IpNet;
 
 use crate::common::namespace::{attempt, in_namespace, kernel, keys, sh};
@@ -30,6 +29,7 @@ fn node(i: u8, transport: Transport) -> Local {
             .map(|network| network.parse().unwrap())
             .into(),
         keys: BTreeMap::from([(Generation::FIRST, PrivateKey::generate().public())]),
+        promoted: false,
         endpoints,
         addresses: endpoints,
         port: 51820,
@@ -67,7 +67,7 @@ fn records(others: &[Local]) -> BTreeMap<String, NodeRecord> {
 }
 
 fn desired(own: &Local, others: &[Local]) -> Desired {
-    transport::desired(&Topology::new().resolve(own, &records(others)), own, &Changes::new())
+    transport::desired(&Topology::new().resolve(own, &records(others)), own, &Paths::default())
 }
 
 /// An underlay with this node's addresses.
@@ -187,7 +187,7 @@ fn host_gw_routes_are_put_where_the_kernel_needs_no_router() {
         let mesh = Topology::new().resolve(&own, &records(&others));
         let refused = mesh.refused["node-3"].to_string();
         assert!(refused.contains("from node-1 without a router"), "{refused}");
-        let desired = transport::desired(&mesh, &own, &Changes::new());
+        let desired = transport::desired(&mesh, &own, &Paths::default());
         settle(&mut kernel, &desired, "from nothing").await;
         let route = sh("ip route get 10.244.2.7");
         assert!(route.contains("via 192.0.2.2 dev eth0"), "{route}");

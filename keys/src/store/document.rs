@@ -1,4 +1,6 @@
-//! The JSON in the key file: `{"schema":1,"keys":[{"generation":0,"private-key":"..."}]}`.
+//! The JSON in the key file: `{"schema":1,"request":"...","revoke":true,"keys":[{"generation":0,
+//! "made":0,"private-key":"..."}]}`. `request` is what the newest key answers, and `revoke` says
+//! that older ones go at once; `made` is in seconds since the Unix epoch. Each may be missing.
 
 use std::collections::BTreeMap;
 
@@ -8,17 +10,22 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::key::ENCODED;
-use crate::{Generation, KeyRing, PrivateKey};
+use crate::ring::Entry as Key;
+use crate::{Answer, Generation, KeyRing, PrivateKey};
 
 const SCHEMA: u32 = 1;
 
 /// Bytes that one key takes in the file, at most.
-const ENTRY: usize = 128;
+const ENTRY: usize = 160;
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Document<'a> {
     schema: u32,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    request: Option<String>,
+    #[serde(default, skip_serializing_if = "is_false")]
+    revoke: bool,
     #[serde(borrow)]
     keys: Vec<Entry<'a>>,
 }
@@ -28,7 +35,14 @@ struct Document<'a> {
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct Entry<'a> {
     generation: Generation,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    made: Option<u64>,
     private_key: &'a str,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// Reads the document, or says what is wrong without quoting anything of it.
@@ -40,37 +54,44 @@ pub(super) fn parse(bytes: &[u8]) -> Result<KeyRing, String> {
     if document.schema != SCHEMA {
         return Err(format!("schema {} is not {SCHEMA}, the one known here", document.schema));
     }
+    let answer = Answer { request: document.request, revoke: document.revoke };
     let mut keys = BTreeMap::new();
     for entry in document.keys {
         let generation = entry.generation;
         let key = PrivateKey::decode(entry.private_key)
             .ok_or_else(|| format!("the key of generation {generation} is not one"))?;
-        if keys.insert(generation, key).is_some() {
+        if keys.insert(generation, Key { key, made: entry.made }).is_some() {
             return Err(format!("generation {generation} is there twice"));
         }
     }
-    KeyRing::from_keys(keys).ok_or_else(|| "it holds no key".to_owned())
+    KeyRing::from_parts(keys, answer).ok_or_else(|| "it holds no key".to_owned())
 }
 
 /// The document for these keys.
-pub(super) fn render(ring: &KeyRing) -> Result<Zeroizing<Vec<u8>>, serde_json::Error> {
-    let keys: Vec<(Generation, Zeroizing<[u8; ENCODED]>)> = ring
-        .iter()
-        .map(|(generation, key)| {
+pub(super) fn render<'a>(
+    keys: impl Iterator<Item = (Generation, &'a Key)>,
+    answer: &Answer,
+) -> Result<Zeroizing<Vec<u8>>, serde_json::Error> {
+    let keys: Vec<(Generation, Option<u64>, Zeroizing<[u8; ENCODED]>)> = keys
+        .map(|(generation, Key { key, made })| {
             let mut text = Zeroizing::new([b'='; ENCODED]);
             // 32 bytes always fill 44 characters exactly; were it otherwise, the check on
             // reading back would refuse the text.
             let _ = STANDARD.encode_slice(key.as_bytes(), text.as_mut());
-            (generation, text)
+            (generation, *made, text)
         })
         .collect();
-    let entries = keys.iter().map(|(generation, text)| Entry {
+    let entries = keys.iter().map(|(generation, made, text)| Entry {
         generation: *generation,
+        made: *made,
         private_key: std::str::from_utf8(text.as_ref()).unwrap_or_default(),
     });
-    let document = Document { schema: SCHEMA, keys: entries.collect() };
-    // Room for all of it, because a buffer that grows leaves copies of the secret behind.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(ENTRY * (document.keys.len() + 1)));
+    // Room for all of it, because a buffer that grows leaves copies of the secret behind. Each
+    // byte of the request takes six at most, as a control character.
+    let room = ENTRY * (keys.len() + 1) + 6 * answer.request.as_ref().map_or(0, String::len);
+    let Answer { request, revoke } = answer.clone();
+    let document = Document { schema: SCHEMA, request, revoke, keys: entries.collect() };
+    let mut bytes = Zeroizing::new(Vec::with_capacity(room));
     serde_json::to_writer(&mut *bytes, &document)?;
     bytes.push(b'\n');
     Ok(bytes)
@@ -82,13 +103,17 @@ mod tests {
 
     #[test]
     fn several_generations_are_read_back() {
-        let keys = (6..8).map(|n| (Generation::new(n), PrivateKey::generate())).collect();
-        let ring = KeyRing::from_keys(keys).unwrap();
-        let bytes = render(&ring).unwrap();
-        assert!(bytes.len() < ENTRY * 3);
+        let keys = (6..8).map(|n| (Generation::new(n), Key::generate())).collect();
+        let request = Some("\u{1}".repeat(256));
+        let answer = Answer { request, revoke: true };
+        let ring = KeyRing::from_parts(keys, answer.clone()).unwrap();
+        let bytes = render(ring.iter(), ring.answer()).unwrap();
+        assert!(bytes.len() < ENTRY * 3 + 6 * 256);
         let read = parse(&bytes).unwrap();
         assert_eq!(read.publics(), ring.publics());
-        assert_eq!(read.current(), Generation::new(6));
+        assert_eq!(read.newest(), Generation::new(7));
+        assert_eq!(read.answer(), &answer);
+        assert!(read.age(std::time::SystemTime::now()).unwrap().as_secs() < 60);
         assert!(read.private(Generation::new(7)).is_some());
         assert!(read.private(Generation::new(8)).is_none());
     }

@@ -53,6 +53,9 @@ pub enum KeyStoreError {
     /// A first key was asked for where keys are.
     #[error("key file {} exists already and is not replaced; remove it to give this node a new key", path.display())]
     Exists { path: PathBuf },
+    /// No generation comes after the newest.
+    #[error("key file {} has the last generation that there can be", path.display())]
+    LastGeneration { path: PathBuf },
     /// The file is there but cannot be read.
     #[error(
         "cannot read key file {}; check its permissions and the disk (no new key is made for it)", path.display()

@@ -7,7 +7,7 @@ use crate::fixtures::{key, local, record, records};
 use crate::plan::Plan;
 use crate::sim;
 use crate::topology::Topology;
-use crate::transport;
+use crate::transport::{self, Paths};
 
 use Transport::{HostGw, Vxlan, Wireguard};
 
@@ -43,7 +43,8 @@ impl Side {
         let nodes = records([&record(&self.own), other]);
         let mesh = self.topology.resolve(&self.own, &nodes);
         let changes = self.changeover.follow(&mesh, &self.own, &self.observed, announced, now);
-        self.desired = transport::desired(&mesh, &self.own, &changes);
+        let paths = Paths { changes, ..Paths::default() };
+        self.desired = transport::desired(&mesh, &self.own, &paths);
         let plan = Plan::new(&self.desired, &self.observed);
         sim::apply(&plan, &self.desired, &mut self.observed);
     }

@@ -26,6 +26,8 @@ pub const CONFIG_ENDPOINT: &str = "config/endpoint";
 pub const CONFIG_ENDPOINT_V6: &str = "config/endpoint-v6";
 /// Seconds between keepalives on every session of the node; 0 or `off` for none.
 pub const CONFIG_PERSISTENT_KEEPALIVE: &str = "config/persistent-keepalive";
+/// A request for a new key: any value that was not there before.
+pub const CONFIG_ROTATE: &str = "config/rotate";
 /// What the names of annotations written by people start with.
 pub const CONFIG: &str = "config/";
 /// What their prefix starts with.

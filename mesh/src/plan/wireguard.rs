@@ -70,9 +70,10 @@ fn peer_change(desired: &WireGuardPeer, observed: Option<&ObservedPeer>) -> Opti
 
 /// Roaming is followed while it works: a peer behind NAT sends from another address than it
 /// publishes. The published endpoint is set again when it changes, and when the session
-/// went stale, because the path it roamed to may be gone.
+/// went stale, because the path it roamed to may be gone. What a former agent wrote nobody
+/// knows, and a session that works is left alone.
 fn endpoint_must_be_set(desired: &WireGuardPeer, peer: &ObservedPeer) -> bool {
-    let published_is_new = peer.pinned_endpoint != Some(desired.endpoint);
+    let published_is_new = peer.pinned_endpoint.is_some_and(|pinned| pinned != desired.endpoint);
     let is_stale = |age: Option<Duration>| age.is_none_or(|age| age > REJECT_AFTER);
     peer.endpoint != Some(desired.endpoint) && (published_is_new || is_stale(peer.handshake_age))
 }

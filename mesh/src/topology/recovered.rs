@@ -21,8 +21,11 @@ const LONGEST: usize = 64;
 /// A peer as a device carries it. Which Node it is, the kernel does not know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Recovered {
+    /// The one that packets go to.
     public_key: PublicKey,
     session: Session,
+    /// Another of its keys, while it replaces one.
+    other_key: Option<PublicKey>,
     pod_cidrs: BTreeSet<IpNet>,
     endpoint: SocketAddr,
     persistent_keepalive: Option<u16>,
@@ -30,7 +33,7 @@ pub(super) struct Recovered {
     mtu: Option<u32>,
 }
 
-/// Every peer of our devices. Of two that have the same prefixes, the one that packets go to.
+/// Every peer of our devices. Keys that have the same prefixes are those of one node.
 pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
     let mut found: BTreeMap<BTreeSet<IpNet>, (bool, Recovered)> = BTreeMap::new();
     for (device, link) in observed.links.iter().filter(|(_, link)| link.is_ours()) {
@@ -43,18 +46,36 @@ pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
             let recovered = Recovered {
                 public_key: *key,
                 session,
+                other_key: None,
                 pod_cidrs: peer.allowed_ips.clone(),
                 endpoint,
                 persistent_keepalive: peer.persistent_keepalive,
                 mtu: routes.iter().filter_map(|route| route.mtu).min(),
             };
-            let known = found.get(&peer.allowed_ips);
-            if known.is_none_or(|(known_used, _)| used && !known_used) {
-                found.insert(peer.allowed_ips.clone(), (used, recovered));
-            }
+            let known = found.remove(&peer.allowed_ips);
+            let merged = match known {
+                Some(known) => merge(known, (used, recovered)),
+                None => (used, recovered),
+            };
+            found.insert(peer.allowed_ips.clone(), merged);
         }
     }
     found.into_values().map(|(_, recovered)| recovered).collect()
+}
+
+/// Two sessions with the same node: the one that packets go by, with the other one's key.
+fn merge(known: (bool, Recovered), other: (bool, Recovered)) -> (bool, Recovered) {
+    let ((used, mut first), (_, second)) =
+        if other.0 && !known.0 { (other, known) } else { (known, other) };
+    // The same key twice, on devices of two keys of ours, tells nothing more.
+    let differs = |recovered: &Recovered| {
+        recovered.session.peer_parity() != first.session.peer_parity()
+            && recovered.public_key != first.public_key
+    };
+    let second_key = differs(&second).then_some(second.public_key);
+    first.other_key = first.other_key.or(second_key).or(second.other_key);
+    first.other_key = first.other_key.filter(|key| *key != first.public_key);
+    (used, first)
 }
 
 fn routes<'a>(
@@ -129,7 +150,7 @@ fn fits<'a>(recovered: &[Recovered], claimants: &[Claimant<'a>]) -> Vec<Fit<'a>>
     let (mut by_cidr, mut by_key) = (BTreeMap::new(), BTreeMap::new());
     for (index, peer) in recovered.iter().enumerate() {
         by_cidr.extend(peer.pod_cidrs.iter().map(|cidr| (*cidr, index)));
-        by_key.insert(peer.public_key, index);
+        by_key.extend(peer.keys().map(|key| (key, index)));
     }
     let mut fits = Vec::new();
     for (claimant, Claimant { record, pod_cidrs, keys, endpoints }) in claimants.iter().enumerate()
@@ -142,7 +163,7 @@ fn fits<'a>(recovered: &[Recovered], claimants: &[Claimant<'a>]) -> Vec<Fit<'a>>
             Fit {
                 by: Reverse((
                     !peer.pod_cidrs.is_disjoint(pod_cidrs),
-                    keys.contains(&peer.public_key),
+                    peer.keys().any(|key| keys.contains(&key)),
                     endpoints.contains(&peer.endpoint.ip()),
                 )),
                 created: record.created,
@@ -156,6 +177,10 @@ fn fits<'a>(recovered: &[Recovered], claimants: &[Claimant<'a>]) -> Vec<Fit<'a>>
 }
 
 impl Recovered {
+    fn keys(&self) -> impl Iterator<Item = PublicKey> {
+        [self.public_key].into_iter().chain(self.other_key)
+    }
+
     /// As long as no Node tells more: named by its prefixes, which no Node can be.
     pub(super) fn unnamed(&self) -> Node {
         let cidrs: Vec<_> = self.pod_cidrs.iter().map(IpNet::to_string).collect();
@@ -168,15 +193,21 @@ impl Recovered {
             IpAddr::V4(v4) => Endpoints { v4: Some(v4), v6: None },
             IpAddr::V6(v6) => Endpoints { v4: None, v6: Some(v6) },
         };
+        // Of the generations, the devices tell the parities. The key that packets go to is the
+        // newer of two, or they would not.
+        let parity = self.session.peer_parity();
+        let (generation, public_key, next_public_key) = match self.other_key {
+            Some(older) => (1 - parity, older, Some(self.public_key)),
+            None => (parity, self.public_key, None),
+        };
         Node {
             name: record.name.clone(),
             uid: record.uid.clone(),
             created: record.created,
             pod_cidrs: self.pod_cidrs.clone(),
-            // Of the generation, the device tells the parity.
-            generation: Generation::new(self.session.peer_parity().into()),
-            public_key: Some(self.public_key),
-            next_public_key: None,
+            generation: Generation::new(generation.into()),
+            public_key: Some(public_key),
+            next_public_key,
             endpoints,
             port: self.session.reversed().base_port(port).unwrap_or(DEFAULT_PORT),
             transports: BTreeSet::from([Transport::Wireguard]),

@@ -1,4 +1,4 @@
-//! `Mesh + Local + Changes -> Desired`. A transport is one pure file; here they come together.
+//! `Mesh + Local + Paths -> Desired`. A transport is one pure file; here they come together.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,6 +10,7 @@ use crate::desired::{
     Desired, FAIL_CLOSED_METRIC, NextHop, Route, RouteKey, Rule, RuleStep, Ruleset, Sysctl,
 };
 use crate::family::Family;
+use crate::live::{Pair, Pairs};
 use crate::node::{LARGEST_MTU, Local, Node, Transport};
 use crate::pair;
 use crate::session::Session;
@@ -27,10 +28,19 @@ const LOOPBACK: &str = "lo";
 /// them while a key is replaced or the transport changes.
 const LOOSE: &str = "2";
 
+/// Of the ways to each peer, what the kernel tells and time decides.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Paths {
+    /// Pairs whose transport is changing.
+    pub changes: Changes,
+    /// Which of their sessions are live.
+    pub pairs: Pairs,
+}
+
 /// What this node should have: the guard, fail-closed routes and settings always, and each
 /// peer through its transport once this node has a key and a pod CIDR: both of its transports,
 /// while it changes.
-pub fn desired(mesh: &Mesh, local: &Local, changes: &Changes) -> Desired {
+pub fn desired(mesh: &Mesh, local: &Local, paths: &Paths) -> Desired {
     let mut desired = Desired {
         routes: fail_closed(local),
         rules: rules(local),
@@ -40,7 +50,8 @@ pub fn desired(mesh: &Mesh, local: &Local, changes: &Changes) -> Desired {
     };
     vxlan::devices(local, &mut desired);
     for node in mesh.peers.values() {
-        reach(mesh, local, node, changes.get(&node.name), &mut desired);
+        let (change, pair) = (paths.changes.get(&node.name), paths.pairs.get(&node.name));
+        reach(mesh, local, node, (change, pair), &mut desired);
     }
     wireguard::first_device(local, &mut desired);
     device_settings(&mut desired);
@@ -49,20 +60,26 @@ pub fn desired(mesh: &Mesh, local: &Local, changes: &Changes) -> Desired {
 
 /// Takes packets from a peer and sends packets to it. Transports that the pair allows and does
 /// not use are shut: what is in clear could be forged.
-fn reach(mesh: &Mesh, local: &Local, node: &Node, change: Option<&Change>, desired: &mut Desired) {
+fn reach(
+    mesh: &Mesh,
+    local: &Local,
+    node: &Node,
+    (change, pair): (Option<&Change>, Option<&Pair>),
+    desired: &mut Desired,
+) {
     let Ok(transport) = pair::transport(local, node) else { return };
     let change = change.copied();
     let (old, new) = change.map_or((None, transport), |change| (Some(change.from), change.to));
     let provoke = change.is_some_and(Change::awaits_handshake);
     for transport in old.into_iter().chain([new]) {
         match transport {
-            Transport::Wireguard => wireguard::admit(mesh, local, node, provoke, desired),
+            Transport::Wireguard => wireguard::admit(mesh, local, node, (pair, provoke), desired),
             Transport::HostGw => host_gw::admit(local, node, desired),
             Transport::Vxlan => vxlan::admit(local, node, desired),
         }
     }
     match change.map_or(transport, Change::sends_by) {
-        Transport::Wireguard => wireguard::route(local, node, desired),
+        Transport::Wireguard => wireguard::route(local, node, pair, desired),
         Transport::HostGw => host_gw::route(local, node, desired),
         Transport::Vxlan => vxlan::route(local, node, desired),
     }

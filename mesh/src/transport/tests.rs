@@ -17,7 +17,7 @@ fn accepting(i: u8, transports: &[Transport]) -> Local {
 
 fn desired_with(own: &Local, others: &[Local]) -> Desired {
     let others: Vec<_> = others.iter().map(record).collect();
-    desired(&Topology::new().resolve(own, &records(&others)), own, &Changes::new())
+    desired(&Topology::new().resolve(own, &records(&others)), own, &Paths::default())
 }
 
 fn route_to<'a>(desired: &'a Desired, destination: &str) -> Option<&'a Route> {

@@ -3,15 +3,17 @@
 //! One tunnel per pair of keys carries both families of pod traffic. Which device it lives
 //! on follows from the parities of both generations; see [`crate::session`].
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use gambeson_keys::{Generation, PublicKey};
+use gambeson_keys::Generation;
 
 use super::{base_addresses, peer_route_mtu, source};
 use crate::desired::{
     Desired, NextHop, PEER_ROUTE_METRIC, Route, RouteKey, WireGuardDevice, WireGuardPeer,
 };
+use crate::live::{self, Pair};
 use crate::node::{Local, Node, Transport};
 use crate::session::Session;
 use crate::topology::Mesh;
@@ -22,22 +24,33 @@ mod tests;
 /// Seconds between keepalives where a handshake is wanted and nothing else is sent.
 const PROVOKING: u16 = 1;
 
-/// Adds a peer to the devices of its sessions, which are made when they are first needed.
-/// `provoke` asks for a handshake before there are packets to send.
-pub(super) fn admit(mesh: &Mesh, local: &Local, node: &Node, provoke: bool, desired: &mut Desired) {
+/// Adds a peer to the devices of its sessions, which are made when they are first needed. A
+/// handshake is asked for on those that are newer than the one in use, and on that one too where
+/// `provoke` says so, or its device is another than the peer knows.
+pub(super) fn admit(
+    mesh: &Mesh,
+    local: &Local,
+    node: &Node,
+    (pair, provoke): (Option<&Pair>, bool),
+    desired: &mut Desired,
+) {
     if local.pod_cidrs.is_empty() {
         return;
     }
-    for own in local.keys.keys() {
-        for (theirs, key) in keys(node) {
-            let session = Session::between(*own, theirs);
-            let Some(mut peer) = peer(mesh, local, node, session) else { continue };
-            if provoke {
-                peer.persistent_keepalive = Some(PROVOKING);
-            }
-            let Some(device) = device(local, *own, session, desired) else { continue };
-            device.peers.insert(key, peer);
+    let used = live::used(local, node, pair);
+    let provoke = provoke || pair.is_some_and(|pair| pair.lost);
+    for (keys, key) in live::sessions(local, node) {
+        let session = Session::between(keys.own, keys.theirs);
+        let Some(mut peer) = peer(mesh, local, node, session) else { continue };
+        match Some(keys).cmp(&used) {
+            Ordering::Greater => peer.persistent_keepalive = Some(PROVOKING),
+            Ordering::Equal if provoke => peer.persistent_keepalive = Some(PROVOKING),
+            Ordering::Equal => {}
+            // What only waits to be shut stays silent, so that it can be seen to be unused.
+            Ordering::Less => peer.persistent_keepalive = None,
         }
+        let Some(device) = device(local, keys.own, session, desired) else { continue };
+        device.peers.insert(key, peer);
     }
 }
 
@@ -49,11 +62,6 @@ pub(super) fn first_device(local: &Local, desired: &mut Desired) {
     if let Some((current, _)) = key.filter(|_| desired.devices.is_empty()) {
         device(local, current, Session::between(current, Generation::FIRST), desired);
     }
-}
-
-fn keys(node: &Node) -> impl Iterator<Item = (Generation, PublicKey)> {
-    let next = node.generation.next().zip(node.next_public_key);
-    node.public_key.map(|key| (node.generation, key)).into_iter().chain(next)
 }
 
 /// The device of a session, made when first asked for. `None` when its port would be past
@@ -93,9 +101,9 @@ fn peer(mesh: &Mesh, local: &Local, node: &Node, session: Session) -> Option<Wir
 }
 
 /// Routes to a peer's pods, for the families in which this node has an address to answer to.
-pub(super) fn route(local: &Local, node: &Node, desired: &mut Desired) {
-    let Some((current, _)) = local.current_key() else { return };
-    let device = Session::between(current, node.generation).device();
+pub(super) fn route(local: &Local, node: &Node, pair: Option<&Pair>, desired: &mut Desired) {
+    let Some(used) = live::used(local, node, pair) else { return };
+    let device = Session::between(used.own, used.theirs).device();
     let Some(link) = desired.devices.get(&device) else { return };
     let mtu = peer_route_mtu(local, node).min(link.mtu);
     for destination in &node.pod_cidrs {

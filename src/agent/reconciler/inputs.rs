@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use gambeson_keys::{Generation, KeyRing};
+use gambeson_keys::{Answer, Generation, KeyRing};
 use gambeson_mesh::NodeName;
 use gambeson_mesh::desired::{Implementation, LinkKind};
 use gambeson_mesh::family::Family;
@@ -11,6 +11,7 @@ use gambeson_mesh::mac::Mac;
 use gambeson_mesh::node::annotation::flannel;
 use gambeson_mesh::node::{Endpoints, Local, NodeRecord, Transport, Vteps, annotation, pod_cidrs};
 use gambeson_mesh::observed::Observed;
+use gambeson_mesh::rotation::requested;
 use ipnet::IpNet;
 use tracing::info;
 
@@ -151,9 +152,11 @@ impl Reconciler {
             .map(Generation::new);
         match (&self.keys, published) {
             (None, _) => {
+                let request = requested(own).map(str::to_owned);
+                let answer = Answer { request, revoke: false };
                 // The store is gone, but peers remember the generation: it never goes back.
                 let first = published.and_then(Generation::next).unwrap_or(Generation::FIRST);
-                let keys = self.key_store.create(first)?;
+                let keys = self.key_store.create(first, answer)?;
                 info!(
                     generation = first.number(),
                     file = %self.key_store.path().display(),
@@ -161,13 +164,13 @@ impl Reconciler {
                 );
                 self.keys = Some(keys);
             }
-            (Some(keys), Some(published)) if published > keys.current() => {
+            (Some(keys), Some(published)) if published > keys.newest() => {
                 pass.problems.push(format!(
                     "the key file {} has generation {}, but Node {} publishes {published}, so \
                      peers ignore the older key; restore the newer file, or remove it to give \
                      this node a new key",
                     self.key_store.path().display(),
-                    keys.current(),
+                    keys.newest(),
                     own.name,
                 ));
             }
@@ -193,6 +196,7 @@ impl Reconciler {
             pod_cidrs,
             cluster_networks: config.cluster_networks.clone(),
             keys: self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::publics),
+            promoted: false,
             endpoints: underlay.endpoints,
             addresses: underlay.addresses,
             port: config.port,

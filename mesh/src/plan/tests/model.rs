@@ -12,7 +12,7 @@ use crate::mac::Mac;
 use crate::node::Transport;
 use crate::observed::{ObservedPeer, ObservedWireGuard};
 use crate::topology::Mesh;
-use crate::transport;
+use crate::transport::{self, Paths};
 
 fn any_device() -> impl Strategy<Value = DeviceName> {
     prop::sample::select(DeviceName::all().collect::<Vec<_>>())
@@ -197,7 +197,7 @@ fn any_desired() -> impl Strategy<Value = Desired> {
             let others: Vec<_> = others.collect();
             let mut mesh = Topology::new().resolve(&own, &records(&others));
             mesh.persistent_keepalive = keepalive;
-            transport::desired(&mesh, &own, &Changes::new())
+            transport::desired(&mesh, &own, &Paths::default())
         })
 }
 
@@ -331,7 +331,7 @@ proptest! {
     #[test]
     fn a_node_without_pod_cidr_has_a_guard_and_no_device(before in any_observed()) {
         let own = Local { pod_cidrs: BTreeSet::new(), ..local(1, 0) };
-        let desired = transport::desired(&Mesh::default(), &own, &Changes::new());
+        let desired = transport::desired(&Mesh::default(), &own, &Paths::default());
         prop_assert!(desired.devices.is_empty());
         prop_assert_eq!(desired.routes.len(), 2);
         let mut after = before.clone();

@@ -4,10 +4,9 @@ use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 
 use super::*;
-use crate::changeover::Changes;
 use crate::observed::Observed;
 use crate::plan::Plan;
-use crate::transport;
+use crate::transport::{self, Paths};
 
 /// Half right and half anything, so that the checks behind the first are reached too.
 fn any_value() -> impl Strategy<Value = String> {
@@ -74,7 +73,7 @@ proptest! {
                 prop_assert!(message.len() < 2_000);
                 prop_assert!(!message.chars().any(char::is_control));
             }
-            let desired = transport::desired(&mesh, &own, &Changes::new());
+            let desired = transport::desired(&mesh, &own, &Paths::default());
             for device in desired.devices.values() {
                 let mut owned = std::collections::BTreeSet::new();
                 for prefix in device.peers.values().flat_map(|peer| &peer.allowed_ips) {

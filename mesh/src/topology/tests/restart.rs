@@ -1,15 +1,16 @@
 //! A new agent with the devices of a former one: a restart changes no claim.
 
 use super::*;
-use crate::changeover::Changes;
 use crate::desired::Desired;
 use crate::plan::{Action, Plan};
-use crate::{sim, transport};
+use crate::sim;
+use crate::transport::{self, Paths};
 
 /// The kernel of node 1 in a mesh with these Nodes.
 fn kernel(nodes: &[NodeRecord]) -> Observed {
     let own = local(1, 0);
-    let desired = transport::desired(&resolve(&mut Topology::new(), nodes), &own, &Changes::new());
+    let desired =
+        transport::desired(&resolve(&mut Topology::new(), nodes), &own, &Paths::default());
     let mut observed = Observed::default();
     sim::apply(&Plan::new(&desired, &observed), &desired, &mut observed);
     observed
@@ -25,7 +26,7 @@ fn restarted(observed: &Observed, nodes: &[NodeRecord]) -> (Topology, Mesh) {
 
 /// What a new agent would do to peers and routes, a pinned endpoint aside.
 fn changes(observed: &Observed, mesh: &Mesh) -> Vec<Action> {
-    let desired: Desired = transport::desired(mesh, &local(1, 0), &Changes::new());
+    let desired: Desired = transport::desired(mesh, &local(1, 0), &Paths::default());
     let mut actions = Plan::new(&desired, observed).actions;
     for action in &mut actions {
         let Action::ConfigureWireGuard { change, .. } = action else { continue };

@@ -3,16 +3,15 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::changeover::Changes;
 use crate::desired::{FAIL_CLOSED_METRIC, Implementation, Sysctl};
 use crate::fixtures::{key, local, net, record, records};
 use crate::node::NodeRecord;
 use crate::session::DeviceName;
 use crate::topology::Topology;
-use crate::transport;
+use crate::transport::{self, Paths};
 
 fn desired(local: &Local, others: &[NodeRecord]) -> Desired {
-    transport::desired(&Topology::new().resolve(local, &records(others)), local, &Changes::new())
+    transport::desired(&Topology::new().resolve(local, &records(others)), local, &Paths::default())
 }
 
 fn device_name(number: u8) -> DeviceName {

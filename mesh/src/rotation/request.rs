@@ -1,0 +1,66 @@
+//! What starts a rotation.
+
+use super::Sight;
+use crate::node::{NodeRecord, Transport, annotation};
+use crate::pair;
+
+/// A request that begins so retires the old key at once, whoever still uses it.
+pub const REVOKE: &str = "revoke";
+/// Longest request, in bytes. A longer one counts as not set.
+pub const LONGEST_REQUEST: usize = 256;
+
+/// Why a node gets a new key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// Somebody asked for it on the Node.
+    Request,
+    /// The key is as old as it may get.
+    Age,
+    /// An older version of this program serves its devices.
+    Upgrade,
+}
+
+/// A rotation to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// Why.
+    pub cause: Cause,
+    /// What the Node asks for now, if anything: the new key answers it.
+    pub text: Option<String>,
+    /// Whether the old key is to go at once.
+    pub revoke: bool,
+}
+
+/// What a Node asks for.
+pub fn requested(own: &NodeRecord) -> Option<&str> {
+    let text = own.annotations.get(annotation::CONFIG_ROTATE).map(String::as_str);
+    text.filter(|text| !text.is_empty() && text.len() <= LONGEST_REQUEST)
+}
+
+/// The rotation that is to start now.
+pub(super) fn next(sight: &Sight<'_>) -> Option<Request> {
+    let new = new_text(sight);
+    let cause = if new.is_some() { Some(Cause::Request) } else { sight.due };
+    let revoke = new.is_some_and(|text| text.starts_with(REVOKE));
+    let text = new.or(sight.answered).map(str::to_owned);
+    cause.filter(|_| !is_held_up(sight)).map(|cause| Request { cause, text, revoke })
+}
+
+/// Flannel replaces a key in one place, and knows one port: it cannot follow.
+fn is_held_up(sight: &Sight<'_>) -> bool {
+    sight
+        .mesh
+        .peers
+        .values()
+        .any(|node| node.flannel && pair::transport(sight.local, node) == Ok(Transport::Wireguard))
+}
+
+/// Whether the old key may do harm: what asked for the new one, or has come since, says so.
+pub(super) fn is_revoked(sight: &Sight<'_>) -> bool {
+    sight.revoke || new_text(sight).is_some_and(|text| text.starts_with(REVOKE))
+}
+
+/// What the Node asks for and has not got yet.
+fn new_text<'a>(sight: &Sight<'a>) -> Option<&'a str> {
+    requested(sight.own).filter(|text| Some(*text) != sight.answered)
+}
