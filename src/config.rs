@@ -10,6 +10,7 @@ mod options;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use gambeson_mesh::family::Family;
 use gambeson_mesh::node::{DEFAULT_PORT, MAX_PORT, Transport};
@@ -93,6 +94,10 @@ pub struct Config {
     pub require_admission: bool,
     /// Pod bridge.
     pub bridge: String,
+    /// At what age this node's key is replaced.
+    pub rotate_every: Option<Duration>,
+    /// Names the step of a rotation at which this process is to end.
+    pub crash_at: Option<PathBuf>,
     /// Keys of net-conf.json that this version does nothing with.
     pub unknown_keys: Vec<String>,
 }
@@ -202,6 +207,8 @@ impl Options {
             prefix: self.annotation_prefix,
             require_admission: self.require_admission,
             bridge: self.bridge,
+            rotate_every: self.rotate_every,
+            crash_at: self.crash_at,
             unknown_keys: file.unknown,
         })
     }

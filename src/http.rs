@@ -159,6 +159,7 @@ impl Collector for StatusMetrics {
             let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
             gauge.encode(metric)?;
         }
+        self.keys(&mut encoder)?;
         if let Some(time) = guard.seen_whole {
             let help = "When the guard was last seen exactly as it has to be, in Unix time";
             let name = "guard_seen_whole_timestamp_seconds";
@@ -173,6 +174,21 @@ impl Collector for StatusMetrics {
 }
 
 impl StatusMetrics {
+    fn keys(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let Self(Status { generation, rotation, .. }) = self;
+        let none = [("", ""); 0];
+        let help = "Generation of this node's key in use";
+        gauges(encoder, "key_generation", help, generation.map(|number| (none, number)))?;
+        let under_way = u64::from(rotation.is_some());
+        let help = "Whether this node's key is being replaced";
+        gauges(encoder, "key_rotation_under_way", help, [(none, under_way)])?;
+        let blocked = rotation.iter().filter(|rotation| rotation.blocked);
+        let peers = blocked.flat_map(|rotation| &rotation.waiting);
+        let peers = peers.map(|peer| ([("peer", peer.name.as_str())], 1));
+        let help = "Peers that hold up the replacement of this node's key";
+        gauges(encoder, "key_rotation_blocked", help, peers)
+    }
+
     fn peers(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let peers = &self.0.peers;
         let ages = peers
@@ -233,7 +249,7 @@ mod tests {
 
     use super::*;
     use crate::rounds::Rounds;
-    use crate::status::{GuardStatus, RefusedStatus};
+    use crate::status::{GuardStatus, RefusedStatus, RotationStatus, WaitingPeer};
 
     fn status() -> Status {
         Status {
@@ -250,6 +266,18 @@ mod tests {
                 mtu: 1440,
             }],
             refused: vec![RefusedStatus { name: "n".into(), reason: "r".into(), kept: false }],
+            generation: Some(6),
+            rotation: Some(RotationStatus {
+                from: 6,
+                to: 7,
+                step: "move".into(),
+                seconds: 20,
+                peers: 1,
+                moved: 0,
+                waiting: vec![WaitingPeer { name: "node-2".into(), reason: "r".into() }],
+                away: vec![],
+                blocked: true,
+            }),
             guard: GuardStatus { seen_whole: Some(7), out_packets: 3, ..GuardStatus::default() },
             ..Status::starting("node-1")
         }
@@ -271,6 +299,9 @@ mod tests {
             "gambeson_guard_seen_whole_timestamp_seconds 7",
             "gambeson_guard_drops_total{direction=\"out\"} 3",
             "gambeson_guard_drops_total{direction=\"in\"} 0",
+            "gambeson_key_generation 6",
+            "gambeson_key_rotation_under_way 1",
+            "gambeson_key_rotation_blocked{peer=\"node-2\"} 1",
             "gambeson_reconcile_errors_total 2",
             "gambeson_reconcile_duration_seconds_bucket{le=\"0.05\"} 1",
             "gambeson_build_info{version=",

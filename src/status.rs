@@ -402,6 +402,22 @@ impl fmt::Display for Status {
     }
 }
 
+impl fmt::Display for RotationStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { from, to, step, seconds, peers, moved, .. } = self;
+        write!(f, "{from} to {to}, for {seconds} s: {step}, {moved} of {peers} peers moved")?;
+        if !self.away.is_empty() {
+            write!(f, ", {} away", self.away.len())?;
+        }
+        let blocked = if self.blocked { "blocked by" } else { "waits for" };
+        for (index, WaitingPeer { name, reason }) in self.waiting.iter().enumerate() {
+            let before = if index == 0 { blocked } else { "and" };
+            write!(f, "\n                {before} {name}: {reason}")?;
+        }
+        Ok(())
+    }
+}
+
 impl Status {
     fn summary(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match (&self.waiting, self.unready()) {
@@ -418,6 +434,9 @@ impl Status {
         match self.generation {
             Some(generation) => writeln!(f, "Public key      {key} (generation {generation})")?,
             None => writeln!(f, "Public key      {key}")?,
+        }
+        if let Some(rotation) = &self.rotation {
+            writeln!(f, "Key rotation    {rotation}")?;
         }
         let mtu = self.mtu.map_or_else(unknown, |mtu| mtu.to_string());
         writeln!(f, "Pod MTU         {mtu}")?;

@@ -186,7 +186,7 @@ fn what_may_not_is_refused_with_what_to_do() {
         (
             agent("node-1"),
             with(node(), "/status/conditions/0/status", "False".into()),
-            "NetworkUnavailable, MeshReady and MeshEncrypted and no others",
+            "NetworkUnavailable, MeshReady, MeshEncrypted and RotationBlocked and no others",
         ),
         (agent("node-1"), with(node(), "/status/conditions", Value::Null), "and no others"),
         (admin(), with(node(), KEY, "NEW".into()), "set config.gambeson.io/rotate"),

@@ -16,7 +16,13 @@ const VERSIONS: [&str; 8] = ["1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.
 const MATRIX: [&[&str]; 7] = [
     &[],
     &["podCidr=", "podCidrv6=fd00:10:244::/48", "mtu=1400", "iface=eth1", "wireguard=kernel"],
-    &["podCidrv6=fd00:10:244::/48", "ipMasq=false", "extraArgs={--bridge=br7}", "port=51900"],
+    &[
+        "podCidrv6=fd00:10:244::/48",
+        "ipMasq=false",
+        "rotateEvery=90d",
+        "extraArgs={--bridge=br7}",
+        "port=51900",
+    ],
     &["flannel=vxlan", "transports={wireguard,vxlan}", "port=51900"],
     &["metrics.enabled=true", "metrics.serviceMonitor.enabled=true", "resourceQuota=true"],
     &["metrics.dashboard.enabled=true", "imagePullSecrets[0].name=x", "transports={vxlan,host-gw}"],

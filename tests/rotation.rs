@@ -1,33 +1,42 @@
 //! A node's key is replaced while packets flow.
 
-use std::time::Duration;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use gambeson::status::Status;
 use gambeson_lab::traffic::{FlowReport, Rate, Traffic};
+use gambeson_lab::wait::until;
 use gambeson_lab::{Lab, Node, Options, Patch, Pod};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::common::agent::{status_when, userspace};
-use crate::common::lab::lab_up;
-use crate::common::scenario::dual;
+use crate::common::agent::{eventually, status_when, userspace};
+use crate::common::lab::{GAMBESON, both, lab_up};
+use crate::common::scenario::{dual, guard_drops, run};
 
 /// How long the last packets may take to arrive.
 const GRACE: Duration = Duration::from_secs(2);
+/// Names the step at which an agent ends, on its node.
+const CRASH_AT: &str = "/run/gambeson-crash-at";
 
-fn request(lab: &Lab, node: &str, text: &str) {
+pub(crate) fn request(lab: &Lab, node: &str, text: &str) {
     let patch = json!({"metadata": {"annotations": {"config.gambeson.io/rotate": text}}});
     lab.api().unwrap().patch_node(node, Patch::Merge, &patch).unwrap();
 }
 
 /// Waits until a node uses the key of this generation alone, and says so.
-fn rotated(node: Node<'_>, generation: u64) -> Status {
+pub(crate) fn rotated(node: Node<'_>, generation: u64) -> Status {
     status_when(node, &format!("uses key generation {generation}"), |status| {
         status.generation == Some(generation) && status.rotation.is_none()
     })
 }
 
+/// Waits until the rotation of a node is at this step.
+fn at_step(node: Node<'_>, step: &str) -> Status {
+    status_when(node, step, |status| status.rotation.as_ref().is_some_and(|r| r.step == step))
+}
+
 /// Packets both ways between all pods on different nodes.
-fn all_pairs(lab: &Lab, packets_per_second: u32) -> Traffic {
+pub(crate) fn all_pairs(lab: &Lab, packets_per_second: u32) -> Traffic {
     let pods = lab.pods();
     let of = |index: usize| pods[index..].iter().map(move |pod| (index, pod));
     let pairs: Vec<(Pod<'_>, Pod<'_>)> = (0..pods.len())
@@ -38,18 +47,235 @@ fn all_pairs(lab: &Lab, packets_per_second: u32) -> Traffic {
     Traffic::start(&pairs, Rate { packets_per_second, ..Rate::default() }).unwrap()
 }
 
-fn assert_perfect(traffic: Traffic) {
+pub(crate) fn assert_perfect(lab: &Lab, traffic: Traffic) {
     let reports = traffic.finish(GRACE);
     assert!(reports.iter().all(FlowReport::is_perfect), "{reports:#?}");
+    for node in lab.nodes() {
+        assert_eq!(guard_drops(node), (0, 0), "the guard of {} stopped packets", node.name());
+    }
+}
+
+fn rotate(lab: &Lab, arguments: &[&str]) -> Output {
+    let mut command = Command::new(GAMBESON);
+    command.arg("rotate").args(arguments).arg("--kubeconfig").arg(lab.kubeconfig_path());
+    command.output().unwrap()
+}
+
+fn condition(lab: &Lab, node: &str) -> Option<(String, String)> {
+    let node = lab.api().unwrap().node(node).unwrap();
+    let all = node["status"]["conditions"].as_array()?.clone();
+    let condition = all.into_iter().find(|condition| condition["type"] == "RotationBlocked")?;
+    let text = |name: &str| condition[name].as_str().unwrap_or_default().to_owned();
+    Some((text("status"), text("message")))
+}
+
+fn events(lab: &Lab, reason: &str) -> Vec<String> {
+    let events = lab.api().unwrap().events().unwrap();
+    let of_reason = events.iter().filter(|event| event["reason"] == reason);
+    of_reason.filter_map(|event| event["message"].as_str().map(str::to_owned)).collect()
+}
+
+/// No device, process or key is left of what was replaced.
+fn assert_tidy(node: Node<'_>) {
+    let environment = node.environment();
+    let devices = run(&environment, "ip -o link show | grep -c ' gambeson[0-9]'");
+    let devices: usize = devices.trim().parse().unwrap();
+    assert!(devices <= 2, "{} has {devices} devices", node.name());
+    assert_eq!(node.tunnels().len(), devices, "tunnels of {}", node.name());
+    let keys = run(&environment, "cat /var/lib/gambeson/keys.json");
+    let keys: Value = serde_json::from_str(&keys).unwrap();
+    assert_eq!(keys["keys"].as_array().unwrap().len(), 1);
+    let hidden = run(&environment, "ls -A /var/lib/gambeson");
+    assert!(!hidden.contains("tmp"), "{hidden}");
 }
 
 #[test]
 fn a_key_is_replaced_without_losing_a_packet() {
     let lab = lab_up(Options { nodes: 3, ..dual(userspace()) });
+    let node = lab.node("node-1").unwrap();
     let traffic = all_pairs(&lab, 500);
     for generation in 1..=2 {
+        let before = Instant::now();
         request(&lab, "node-1", &format!("now {generation}"));
-        rotated(lab.node("node-1").unwrap(), generation);
+        let step = at_step(node, "move").rotation.unwrap();
+        assert_eq!((step.from, step.to, step.peers), (generation - 1, generation, 2), "{step:?}");
+        rotated(node, generation);
+        let took = before.elapsed();
+        assert!(took < Duration::from_secs(15), "{took:?}");
     }
-    assert_perfect(traffic);
+    assert_perfect(&lab, traffic);
+    assert_tidy(node);
+    let said = eventually(node, "Events", || {
+        let said = events(&lab, "KeyRotated");
+        (said.len() == 2).then_some(said)
+    });
+    assert!(said[0].contains("2 of 2 peers moved"), "{said:?}");
+    assert_eq!(condition(&lab, "node-1"), None);
+    let log = node.agent_log().unwrap();
+    assert!(log.contains("key rotation begins") && log.contains("now 1"), "{log}");
+    assert!(log.contains("the old key is erased"), "{log}");
+}
+
+#[test]
+fn all_nodes_rotate_at_once_by_command() {
+    let lab = lab_up(Options { nodes: 3, ..userspace() });
+    let traffic = all_pairs(&lab, 500);
+    let output = rotate(&lab, &["--all", "--wait"]);
+    assert!(output.status.success(), "{}", both(&output));
+    assert_eq!(both(&output).matches(": done, generation 1 after").count(), 3, "{}", both(&output));
+    let output = rotate(&lab, &["node-1", "node-2", "--parallel", "1"]);
+    assert!(output.status.success(), "{}", both(&output));
+    let text = both(&output);
+    let (first, second) = (text.find("node-1: done").unwrap(), text.find("node-2: asked").unwrap());
+    assert!(first < second, "{text}");
+    for (node, generation) in lab.nodes().into_iter().zip([2, 2, 1]) {
+        rotated(node, generation);
+        assert_tidy(node);
+    }
+    assert_perfect(&lab, traffic);
+    for (arguments, says) in [
+        (&["node-9"][..], "there is no Node node-9; nothing was asked for"),
+        (&["node-1", "--all"], "cannot be used with"),
+        (&[], "required"),
+    ] {
+        let output = rotate(&lab, arguments);
+        assert_eq!(output.status.code(), Some(2), "{}", both(&output));
+        assert!(both(&output).contains(says), "{}", both(&output));
+    }
+}
+
+/// Its own agent ends after each step, and the next one goes on.
+#[test]
+fn a_crash_at_each_step_loses_nothing() {
+    let agent_arguments = vec!["--crash-at".to_owned(), CRASH_AT.to_owned()];
+    let lab = lab_up(Options { agent_arguments, ..userspace() });
+    let node = lab.node("node-1").unwrap();
+    let traffic = all_pairs(&lab, 500);
+    let steps = ["keep", "stage", "say", "flip", "drain", "promote", "erase", "retire"];
+    for (generation, step) in (1..).zip(steps) {
+        run(&node.environment(), &format!("echo {step} > {CRASH_AT}"));
+        request(&lab, "node-1", step);
+        let ended = until(Instant::now() + Duration::from_secs(20), || {
+            node.agent().is_none_or(|agent| !agent.is_alive()).then_some(())
+        });
+        assert!(ended.is_some(), "no crash at {step}\n{}", node.agent_log().unwrap());
+        node.start_agent().unwrap();
+        rotated(node, generation);
+        assert_tidy(node);
+    }
+    assert_perfect(&lab, traffic);
+}
+
+#[test]
+fn a_peer_that_answers_is_waited_for_and_one_that_does_not_is_not() {
+    let lab = lab_up(Options { nodes: 3, ..userspace() });
+    let [node, cut] = ["node-1", "node-2"].map(|name| lab.node(name).unwrap());
+    let traffic = all_pairs(&lab, 200);
+    // Its agent runs and hears nothing of the API server.
+    let cut_off = "nft 'add table inet cut; add chain inet cut out { \
+                   type filter hook output priority 0; }; add rule inet cut out tcp dport 6443 drop'";
+    run(&cut.environment(), cut_off);
+    request(&lab, "node-1", "now");
+    let status = status_when(node, "is blocked", |status| {
+        status.rotation.as_ref().is_some_and(|rotation| rotation.blocked)
+    });
+    let rotation = status.rotation.as_ref().unwrap();
+    assert_eq!((rotation.moved, rotation.waiting[0].name.as_str()), (1, "node-2"), "{rotation:?}");
+    assert!(status.to_string().contains("blocked by node-2"), "{status}");
+    let said = eventually(node, "the condition", || {
+        condition(&lab, "node-1").filter(|(status, _)| status == "True")
+    });
+    assert!(said.1.contains("node-2"), "{said:?}");
+    eventually(node, "the Event", || {
+        events(&lab, "RotationBlocked").iter().any(|said| said.contains("node-2")).then_some(())
+    });
+    run(&cut.environment(), "nft delete table inet cut");
+    rotated(node, 1);
+    eventually(node, "the condition", || {
+        condition(&lab, "node-1").filter(|(status, _)| status == "False")
+    });
+    assert_perfect(&lab, traffic);
+    // One whose cable is out.
+    lab.node("node-3").unwrap().set_cable(false).unwrap();
+    request(&lab, "node-1", "again");
+    let status = status_when(node, "sees who is away", |status| {
+        status.rotation.as_ref().is_some_and(|rotation| rotation.away == ["node-3"])
+    });
+    assert!(!status.rotation.unwrap().waiting.iter().any(|peer| peer.name == "node-3"));
+    rotated(node, 2);
+}
+
+#[test]
+fn agents_that_start_during_a_rotation_go_on_with_it() {
+    let lab = lab_up(userspace());
+    let nodes = ["node-1", "node-2"].map(|name| lab.node(name).unwrap());
+    let traffic = all_pairs(&lab, 500);
+    for name in ["node-1", "node-2"] {
+        request(&lab, name, "now");
+    }
+    for node in nodes {
+        at_step(node, "move");
+    }
+    // Devices and key store are all that they have for a while.
+    lab.kill_api().unwrap();
+    for node in nodes {
+        node.kill_agent().unwrap();
+        node.start_agent().unwrap();
+        status_when(node, "waits for the Nodes", |status| {
+            status.ready && status.waiting.is_some() && status.peers.len() == 1
+        });
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    lab.start_api().unwrap();
+    for node in nodes {
+        rotated(node, 1);
+        assert_tidy(node);
+    }
+    assert_perfect(&lab, traffic);
+}
+
+#[test]
+fn a_disk_that_cannot_be_written_holds_a_rotation_up() {
+    let lab = lab_up(userspace());
+    let node = lab.node("node-1").unwrap();
+    let traffic = all_pairs(&lab, 200);
+    // Where the agent sees it.
+    let mounts = |command: &str| {
+        let agent = node.agent().unwrap().pid.to_string();
+        let enter = ["-t", &agent, "-m", "sh", "-ec", command];
+        assert!(Command::new("nsenter").args(enter).status().unwrap().success(), "{command}");
+    };
+    let with_folder = |command: &str| command.replace("$D", "/var/lib/gambeson");
+    for (generation, lock, unlock) in [
+        (1, "mount --bind $D $D; mount -o remount,bind,ro $D", "umount $D"),
+        (
+            2,
+            "cp -a $D /tmp/full; mount -t tmpfs -o size=4k,mode=700 full $D; cp /tmp/full/keys.json $D",
+            "umount $D; rm -r /tmp/full",
+        ),
+    ] {
+        mounts(&with_folder(lock));
+        request(&lab, "node-1", &format!("{generation}"));
+        let status = status_when(node, "names the disk", |status| {
+            status.errors.iter().any(|error| error.contains("full or read-only disk"))
+        });
+        assert_eq!((status.generation, status.rotation), (Some(generation - 1), None));
+        mounts(&with_folder(unlock));
+        rotated(node, generation);
+    }
+    assert_perfect(&lab, traffic);
+}
+
+#[test]
+fn a_revoked_key_goes_whoever_uses_it() {
+    let lab = lab_up(userspace());
+    let [node, away] = ["node-1", "node-2"].map(|name| lab.node(name).unwrap());
+    away.stop_agent().unwrap();
+    let output = rotate(&lab, &["node-1", "--revoke", "--wait"]);
+    assert!(output.status.success(), "{}", both(&output));
+    assert!(both(&output).contains("packets under way with them may be lost"), "{}", both(&output));
+    rotated(node, 1);
+    assert_tidy(node);
+    away.start_agent().unwrap();
+    crate::common::scenario::assert_connected(&lab, "node-1", "node-2");
 }

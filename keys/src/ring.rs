@@ -30,8 +30,8 @@ pub(crate) struct Entry {
 
 impl Entry {
     pub(crate) fn generate() -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map(|time| time.as_secs());
-        Self { key: PrivateKey::generate(), made: now.ok() }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { key: PrivateKey::generate(), made: Some(now.as_secs()) }
     }
 }
 

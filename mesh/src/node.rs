@@ -23,7 +23,7 @@ mod refusal;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use parse::{LARGEST_MTU, persistent_keepalive};
+pub(crate) use parse::{LARGEST_MTU, persistent_keepalive, rotate};
 pub use parse::{overlap, pod_cidrs};
 pub use refusal::Refusal;
 pub(crate) use refusal::excerpt;

@@ -33,7 +33,7 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-pub use request::{Cause, LONGEST_REQUEST, REVOKE, Request, requested};
+pub use request::{Cause, REVOKE, Request, due_at, requested};
 
 /// How long nothing may have come under the old key.
 const DRAIN: Duration = Duration::from_secs(5);

@@ -9,7 +9,9 @@ use std::net::IpAddr;
 
 use crate::NodeName;
 use crate::node::annotation::CONFIG_PERSISTENT_KEEPALIVE;
-use crate::node::{Local, Node, NodeRecord, Refusal, Transport, annotation, persistent_keepalive};
+use crate::node::{
+    Local, Node, NodeRecord, Refusal, Transport, annotation, persistent_keepalive, rotate,
+};
 use crate::observed::Observed;
 use crate::pair;
 
@@ -132,10 +134,15 @@ impl Topology {
             if *name == local.name {
                 let is_set = record.annotations.contains_key(CONFIG_PERSISTENT_KEEPALIVE);
                 mesh.persistent_keepalive = local.persistent_keepalive;
+                let mut ignored = Vec::new();
                 match persistent_keepalive(record, &local.prefix) {
                     Ok(seconds) if is_set => mesh.persistent_keepalive = seconds,
                     Ok(_) => {}
-                    Err(problem) => _ = mesh.ignored.insert(name.clone(), vec![problem]),
+                    Err(problem) => ignored.push(problem),
+                }
+                ignored.extend(rotate(record, &local.prefix).err());
+                if !ignored.is_empty() {
+                    mesh.ignored.insert(name.clone(), ignored);
                 }
                 continue;
             }

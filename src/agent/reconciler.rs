@@ -23,7 +23,7 @@ use tokio::task::spawn_blocking;
 use tracing::{debug, info, warn};
 
 use super::words::{self, chain, describe};
-use super::{AgentError, advice, overlap, preflight};
+use super::{AgentError, advice, overlap, preflight, reporter};
 use crate::apply::{ApplyError, Flannel, Kernel};
 use crate::cluster::{NodeStore, Publication};
 use crate::cni::link::Places;
@@ -247,8 +247,10 @@ impl Reconciler {
         };
         let now = Instant::now();
         let pairs = self.liveness.follow(&mesh, &local, &observed, now);
+        let mut crash = None;
         if let Some(own) = &inputs.own {
-            self.rotate(&mut local, (&mesh, &pairs, &observed, own), now, &mut pass).await;
+            let sight = (&mesh, &pairs, &observed, own);
+            crash = self.rotate(&mut local, sight, now, &mut pass).await;
         }
         let announced = inputs.own.as_ref().is_some_and(|own| is_announced(&local, own));
         let changes = self.changeover.follow(&mesh, &local, &observed, announced, now);
@@ -260,6 +262,9 @@ impl Reconciler {
         self.check_foreign(&plan, &mut pass)?;
         self.check_ports(&desired, &observed)?;
         let clean = self.execute(&plan, &mut pass).await?;
+        if let Some(step) = crash {
+            rotate::crash_at(self.config.crash_at.as_deref(), step);
+        }
         let in_place = clean || plan::is_in_place(&desired, &observed);
         self.started = true;
         self.hand_over(&local, in_place, &mut pass).await;
@@ -271,7 +276,10 @@ impl Reconciler {
                 let annotations = local.annotations();
                 let encrypted = desired.ruleset.plaintext.is_empty();
                 let network_up = self.ready;
-                publish(publication, Publication { annotations, network_up, encrypted });
+                let blocked = self.rotation.progress().filter(|progress| progress.blocked);
+                let rotation_blocked = blocked.map(reporter::rotation::blocked);
+                let wanted = Publication { annotations, network_up, encrypted, rotation_blocked };
+                publish(publication, wanted);
             }
             None => pass.waiting = Some(NO_LIST.to_owned()),
         }

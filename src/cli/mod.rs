@@ -6,6 +6,7 @@ mod cni;
 mod failure;
 mod install_cni;
 mod lab;
+mod rotate;
 mod status;
 mod tunnel;
 mod tunnel_supervisor;
@@ -34,6 +35,7 @@ enum Command {
     Cni(cni::Args),
     InstallCni(install_cni::Args),
     Lab(lab::Args),
+    Rotate(rotate::Args),
     Status(status::Args),
     TunnelSupervisor(tunnel_supervisor::Args),
     Uninstall(uninstall::Args),
@@ -60,6 +62,7 @@ pub fn main() -> ExitCode {
         Command::Cni(args) => return cni::run(&args),
         Command::InstallCni(args) => install_cni::run(args),
         Command::Lab(args) => lab::run(&args),
+        Command::Rotate(args) => rotate::run(args),
         Command::Status(args) => status::run(args),
         Command::TunnelSupervisor(args) => tunnel_supervisor::run(&args),
         Command::Uninstall(args) => uninstall::run(args),

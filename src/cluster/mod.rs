@@ -10,6 +10,7 @@ mod connect;
 mod events;
 mod object;
 mod publish;
+mod rotate;
 mod store;
 mod watch;
 
@@ -20,6 +21,7 @@ pub use connect::{ConnectError, Connector, RequestError};
 pub use events::{EventWriter, Note, Reason, Recorder};
 pub use object::{Condition, NodeObject};
 pub use publish::{Difference, Publication, Publisher};
+pub use rotate::{Rotated, ask_for_rotation, rotations};
 pub use store::{NodeStore, Nodes};
 pub use watch::{Health, NodeWatch};
 

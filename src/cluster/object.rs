@@ -72,6 +72,9 @@ pub struct Condition {
     /// One word that says why.
     #[serde(default)]
     pub reason: Option<String>,
+    /// The same for people.
+    #[serde(default)]
+    pub message: String,
 }
 
 impl NodeObject {

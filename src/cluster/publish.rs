@@ -1,5 +1,6 @@
 //! Writes what this node publishes, and only when the Node says something else.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -15,7 +16,9 @@ use tracing::{debug, info, warn};
 use super::backoff::Backoff;
 use super::connect::{Connector, RequestError};
 use super::object::{Condition, NodeObject};
-use super::store::{MESH_ENCRYPTED, MESH_READY, NETWORK_UNAVAILABLE, NodeStore, Nodes};
+use super::store::{
+    MESH_ENCRYPTED, MESH_READY, NETWORK_UNAVAILABLE, NodeStore, Nodes, ROTATION_BLOCKED,
+};
 use super::watch::Health;
 
 /// Waits after a failure.
@@ -40,22 +43,24 @@ pub struct Publication {
     pub network_up: bool,
     /// Whether every path to another node is encrypted.
     pub encrypted: bool,
+    /// What holds up the replacement of this node's key, if anything does.
+    pub rotation_blocked: Option<String>,
 }
 
 /// The part of a [`Publication`] that the Node does not say yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
     annotations: BTreeMap<String, Option<String>>,
-    conditions: Vec<&'static ConditionUp>,
+    conditions: Vec<ConditionUp>,
 }
 
 /// A condition of a Node whose network is up.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct ConditionUp {
     kind: &'static str,
     status: &'static str,
     reason: &'static str,
-    message: &'static str,
+    message: Cow<'static, str>,
 }
 
 const UP: [ConditionUp; 2] = [
@@ -63,13 +68,13 @@ const UP: [ConditionUp; 2] = [
         kind: NETWORK_UNAVAILABLE,
         status: "False",
         reason: UP_REASON,
-        message: "Gambeson is running on this node",
+        message: Cow::Borrowed("Gambeson is running on this node"),
     },
     ConditionUp {
         kind: MESH_READY,
         status: "True",
         reason: UP_REASON,
-        message: "the guard, the devices and the CNI configuration are in place",
+        message: Cow::Borrowed("the guard, the devices and the CNI configuration are in place"),
     },
 ];
 
@@ -77,22 +82,38 @@ const ENCRYPTED: ConditionUp = ConditionUp {
     kind: MESH_ENCRYPTED,
     status: "True",
     reason: "WireGuard",
-    message: "every path to another node is through WireGuard",
+    message: Cow::Borrowed("every path to another node is through WireGuard"),
 };
 
 const PLAINTEXT: ConditionUp = ConditionUp {
     kind: MESH_ENCRYPTED,
     status: "False",
     reason: "Plaintext",
-    message: "pods' packets to or from some nodes travel in clear, as --transports there and here \
-              allows; `gambeson status` names them",
+    message: Cow::Borrowed(
+        "pods' packets to or from some nodes travel in clear, as --transports there and here \
+         allows; `gambeson status` names them",
+    ),
+};
+
+const NOT_BLOCKED: ConditionUp = ConditionUp {
+    kind: ROTATION_BLOCKED,
+    status: "False",
+    reason: "NothingWaits",
+    message: Cow::Borrowed("no peer holds up the replacement of this node's key"),
 };
 
 impl ConditionUp {
+    fn blocked(message: &str) -> Self {
+        let message = Cow::Owned(message.to_owned());
+        Self { kind: ROTATION_BLOCKED, status: "True", reason: "OldKeyInUse", message }
+    }
+
     fn is_said_by(&self, condition: &Condition) -> bool {
         condition.kind == self.kind
             && condition.status == self.status
             && condition.reason.as_deref() == Some(self.reason)
+            // Names in it change while the status does not.
+            && (self.kind != ROTATION_BLOCKED || condition.message == self.message)
     }
 }
 
@@ -118,10 +139,15 @@ impl Publication {
             }
         }
         let is_said = |up: &ConditionUp| said.iter().any(|condition| up.is_said_by(condition));
-        let encryption = if self.encrypted { &ENCRYPTED } else { &PLAINTEXT };
-        let all = UP.iter().chain([encryption]);
-        let unsaid = all.filter(|up| self.network_up && !is_said(up));
-        let conditions: Vec<_> = unsaid.collect();
+        let encryption = if self.encrypted { ENCRYPTED } else { PLAINTEXT };
+        // Nothing is said of it before the first time.
+        let was_blocked = said.iter().any(|condition| condition.kind == ROTATION_BLOCKED);
+        let rotation = match &self.rotation_blocked {
+            Some(message) => Some(ConditionUp::blocked(message)),
+            None => was_blocked.then_some(NOT_BLOCKED),
+        };
+        let all = UP.into_iter().chain([encryption]).chain(rotation);
+        let conditions: Vec<_> = all.filter(|up| self.network_up && !is_said(up)).collect();
         let differs = !conditions.is_empty() || !annotations.is_empty();
         differs.then_some(Difference { annotations, conditions })
     }
@@ -298,6 +324,7 @@ mod tests {
             ]),
             network_up: true,
             encrypted: true,
+            rotation_blocked: None,
         }
     }
 
@@ -312,6 +339,7 @@ mod tests {
             kind: up.kind.into(),
             status: up.status.into(),
             reason: Some(up.reason.into()),
+            message: String::new(),
         };
         UP.iter().chain([&ENCRYPTED]).map(condition).collect()
     }
@@ -331,6 +359,33 @@ mod tests {
         let said_last = said.last_mut().unwrap();
         (said_last.status, said_last.reason) = ("False".into(), Some("Plaintext".into()));
         assert_eq!(plain.difference("gambeson.io", &own, &said), None);
+    }
+
+    #[test]
+    fn a_rotation_that_is_held_up_is_said_until_it_is_not() {
+        let own = record(&[("port", "51820"), ("mtu", "1440")]);
+        let conditions = |blocked: Option<&str>, said: &[Condition]| {
+            let rotation_blocked = blocked.map(str::to_owned);
+            let wanted = Publication { rotation_blocked, ..publication() };
+            let difference = wanted.difference("gambeson.io", &own, said)?;
+            let now = "2024-01-02T03:04:05Z".parse().unwrap();
+            let condition = difference.patch(now)["status"]["conditions"][0].take();
+            assert_eq!(condition["type"], "RotationBlocked");
+            Some((condition["status"].clone(), condition["message"].clone()))
+        };
+        assert_eq!(conditions(None, &up()), None);
+        let blocked = conditions(Some("by b"), &up());
+        assert_eq!(blocked, Some(("True".into(), "by b".into())));
+        let said = Condition {
+            kind: ROTATION_BLOCKED.into(),
+            status: "True".into(),
+            reason: Some("OldKeyInUse".into()),
+            message: "by b".into(),
+        };
+        let said: Vec<_> = up().into_iter().chain([said]).collect();
+        assert_eq!(conditions(Some("by b"), &said), None);
+        assert_eq!(conditions(Some("by c"), &said), Some(("True".into(), "by c".into())));
+        assert_eq!(conditions(None, &said).unwrap().0, "False");
     }
 
     #[test]

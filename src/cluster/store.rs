@@ -22,10 +22,12 @@ pub struct NodeStore {
 }
 
 /// Types of the conditions that agents write on their own Nodes.
-pub(super) const CONDITIONS: [&str; 3] = [NETWORK_UNAVAILABLE, MESH_READY, MESH_ENCRYPTED];
+pub(super) const CONDITIONS: [&str; 4] =
+    [NETWORK_UNAVAILABLE, MESH_READY, MESH_ENCRYPTED, ROTATION_BLOCKED];
 pub(super) const NETWORK_UNAVAILABLE: &str = "NetworkUnavailable";
 pub(super) const MESH_READY: &str = "MeshReady";
 pub(super) const MESH_ENCRYPTED: &str = "MeshEncrypted";
+pub(super) const ROTATION_BLOCKED: &str = "RotationBlocked";
 
 /// What is known of the cluster's Nodes.
 #[derive(Debug, Default)]

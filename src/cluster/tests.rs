@@ -279,6 +279,7 @@ async fn publishes_once_and_then_never_writes() {
         ]),
         network_up: false,
         encrypted: true,
+        rotation_blocked: None,
     };
     let (wanted, receiver) = watch::channel(Some(publication));
     let (health, mut trouble) = watch::channel(None);

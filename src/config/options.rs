@@ -1,8 +1,10 @@
 //! The options of `gambeson agent`, as given. Names that Flannel or k3s has keep their meaning.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use gambeson_mesh::node::{DEFAULT_PREFIX, Transport};
+use k8s_openapi::jiff::{Span, SpanRelativeTo};
 
 use crate::cni::DEFAULT_BRIDGE;
 
@@ -10,6 +12,9 @@ use crate::cni::DEFAULT_BRIDGE;
 pub const DEFAULT_KEY_FILE: &str = "/var/lib/gambeson/keys.json";
 /// Where the agent answers `gambeson status`.
 pub const DEFAULT_SOCKET: &str = "/run/gambeson/agent.sock";
+
+/// A rotation takes some seconds, and longer where a peer is away.
+const SHORTEST_ROTATION: Duration = Duration::from_secs(10 * 60);
 
 /// Options of `gambeson agent`, as given.
 #[derive(Debug, Clone, clap::Args)]
@@ -265,6 +270,16 @@ pub struct Options {
         hide_short_help = true
     )]
     pub bridge: String,
+
+    /// Replace this node's key when it is this old, e.g. 90d or 36h
+    ///
+    /// Each node does it up to a tenth of the time earlier, so that not all do at once.
+    #[arg(long, env = "GAMBESON_ROTATE_EVERY", value_name = "TIME", value_parser = duration)]
+    pub rotate_every: Option<Duration>,
+
+    /// End at once, as a crash would, at the step of a rotation that this file names
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub crash_at: Option<PathBuf>,
 }
 
 /// `--wireguard`.
@@ -289,6 +304,16 @@ pub enum K3sBackend {
     HostGw,
     /// WireGuard.
     WireguardNative,
+}
+
+/// A time as people write it: 90d, 36h, 1h 30m. Days have 24 hours.
+fn duration(text: &str) -> Result<Duration, String> {
+    let span: Span = text.parse().map_err(|_| "not a time such as 90d or 36h".to_owned())?;
+    let whole = span.to_duration(SpanRelativeTo::days_are_24_hours());
+    let time = whole.ok().and_then(|time| Duration::try_from(time).ok());
+    time.filter(|time| *time >= SHORTEST_ROTATION).ok_or_else(|| {
+        format!("not a time of {} minutes or more", SHORTEST_ROTATION.as_secs() / 60)
+    })
 }
 
 impl K3sBackend {

@@ -87,6 +87,15 @@ pub(crate) fn persistent_keepalive(
     Ok(seconds.filter(|seconds| *seconds != 0))
 }
 
+/// The request for a new key that an operator set on a Node.
+pub(crate) fn rotate<'a>(
+    record: &'a NodeRecord,
+    prefix: &'a str,
+) -> Result<Option<&'a str>, Refusal> {
+    let values = Values { annotations: &record.annotations, prefix };
+    Ok(values.text(annotation::CONFIG_ROTATE)?.filter(|text| !text.is_empty()))
+}
+
 /// The pod CIDRs of a Node, this one or another: inside the cluster networks and disjoint.
 /// Those of a family that the cluster networks do not have are left out.
 ///

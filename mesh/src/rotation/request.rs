@@ -1,13 +1,15 @@
 //! What starts a rotation.
 
+use std::time::Duration;
+
+use gambeson_keys::PublicKey;
+
 use super::Sight;
-use crate::node::{NodeRecord, Transport, annotation};
+use crate::node::{self, NodeRecord, Transport};
 use crate::pair;
 
 /// A request that begins so retires the old key at once, whoever still uses it.
 pub const REVOKE: &str = "revoke";
-/// Longest request, in bytes. A longer one counts as not set.
-pub const LONGEST_REQUEST: usize = 256;
 
 /// Why a node gets a new key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,10 +33,9 @@ pub struct Request {
     pub revoke: bool,
 }
 
-/// What a Node asks for.
+/// What a Node asks for: nothing if it is too long, which the topology reports.
 pub fn requested(own: &NodeRecord) -> Option<&str> {
-    let text = own.annotations.get(annotation::CONFIG_ROTATE).map(String::as_str);
-    text.filter(|text| !text.is_empty() && text.len() <= LONGEST_REQUEST)
+    node::rotate(own, "").ok().flatten()
 }
 
 /// The rotation that is to start now.
@@ -53,6 +54,13 @@ fn is_held_up(sight: &Sight<'_>) -> bool {
         .peers
         .values()
         .any(|node| node.flannel && pair::transport(sight.local, node) == Ok(Transport::Wireguard))
+}
+
+/// The age at which a key is replaced that may get this old: up to a tenth less, the same for the
+/// same key.
+pub fn due_at(every: Duration, key: &PublicKey) -> Duration {
+    let earlier = u32::from(key.as_bytes()[0]) + 256 * u32::from(key.as_bytes()[1] % 4);
+    every - every / 10 * earlier / 1024
 }
 
 /// Whether the old key may do harm: what asked for the new one, or has come since, says so.

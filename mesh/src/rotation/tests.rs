@@ -127,6 +127,14 @@ fn a_revocation_ends_a_rotation_and_begins_another() {
     world.run_until(SOON, |world| world.has_settled(0, 3));
 }
 
+#[test]
+fn a_schedule_spreads_the_nodes_over_its_last_tenth() {
+    let every = Duration::from_secs(90 * 86_400);
+    let at: Vec<_> = (0..=255).map(|n| super::due_at(every, &crate::fixtures::key(n))).collect();
+    assert!(at.iter().all(|at| *at <= every && *at > every / 10 * 9));
+    assert!(at.iter().min().unwrap() < &(every / 100 * 98), "{at:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

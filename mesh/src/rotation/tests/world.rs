@@ -165,7 +165,7 @@ impl World {
     }
 
     pub(super) fn chance(&mut self, odds: u32) -> bool {
-        odds > 0 && self.rng.next_u32() % odds == 0
+        odds > 0 && self.rng.next_u32().is_multiple_of(odds)
     }
 
     pub(super) fn run(&mut self, time: Duration) {
