@@ -149,22 +149,23 @@ impl Collector for StatusMetrics {
             ("refused_peers", "Nodes that are refused as peers", status.refused.len()),
             ("ready", "Whether the guard and subnet.env are in place", usize::from(status.ready)),
             (
+                "key_rotation_under_way",
+                "Whether this node's key is being replaced",
+                usize::from(status.rotation.is_some()),
+            ),
+            (
                 "admission_enforced",
                 "Whether the API server keeps each agent to its own Node",
                 usize::from(status.admission == Admission::Enforced),
             ),
         ];
         for (name, help, value) in gauges {
-            let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
-            let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            gauge.encode(metric)?;
+            gauge(&mut encoder, name, help, u64::try_from(value).unwrap_or(u64::MAX))?;
         }
         self.keys(&mut encoder)?;
         if let Some(time) = guard.seen_whole {
             let help = "When the guard was last seen exactly as it has to be, in Unix time";
-            let name = "guard_seen_whole_timestamp_seconds";
-            let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
-            ConstGauge::new(i64::try_from(time).unwrap_or(i64::MAX)).encode(metric)?;
+            gauge(&mut encoder, "guard_seen_whole_timestamp_seconds", help, time)?;
         }
         let drops = [("out", guard.out_packets), ("in", guard.in_packets)]
             .map(|(direction, packets)| ([("direction", direction)], packets));
@@ -176,12 +177,10 @@ impl Collector for StatusMetrics {
 impl StatusMetrics {
     fn keys(&self, encoder: &mut DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let Self(Status { generation, rotation, .. }) = self;
-        let none = [("", ""); 0];
-        let help = "Generation of this node's key in use";
-        gauges(encoder, "key_generation", help, generation.map(|number| (none, number)))?;
-        let under_way = u64::from(rotation.is_some());
-        let help = "Whether this node's key is being replaced";
-        gauges(encoder, "key_rotation_under_way", help, [(none, under_way)])?;
+        if let Some(generation) = *generation {
+            let help = "Generation of this node's key in use";
+            gauge(encoder, "key_generation", help, generation)?;
+        }
         let blocked = rotation.iter().filter(|rotation| rotation.blocked);
         let peers = blocked.flat_map(|rotation| &rotation.waiting);
         let peers = peers.map(|peer| ([("peer", peer.name.as_str())], 1));
@@ -210,6 +209,17 @@ impl StatusMetrics {
         let sent = bytes(|peer| peer.tx_bytes);
         counters(encoder, "peer_transmit_bytes", "Bytes sent to the peer", sent)
     }
+}
+
+/// One gauge.
+fn gauge(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    value: u64,
+) -> Result<(), fmt::Error> {
+    let metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX)).encode(metric)
 }
 
 /// A gauge family.

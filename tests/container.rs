@@ -89,21 +89,44 @@ fn pods_that_are_killed_and_replaced_lose_nothing() {
     assert!(reports.iter().all(FlowReport::is_perfect), "{reports:#?}");
 }
 
+/// As the kubelet does it with maxSurge: the newer pod beside the older, which ends once the newer
+/// is ready.
 #[test]
-fn a_newer_tunnel_pod_is_ready_only_once_the_older_serves_nothing() {
+fn a_tunnel_pod_is_replaced_without_losing_a_packet() {
     let lab = empty_lab();
     let kubelet = kubelet(&lab);
     let mut pods = bring_up(&lab, &kubelet);
     let node = lab.node("node-1").unwrap();
+    let pair = (lab.pod("pod-1-1").unwrap(), lab.pod("pod-2-1").unwrap());
+    let traffic = Traffic::start(&[pair], Rate::default()).unwrap();
     let newer = kubelet.start(node, "gambeson-tunnel", "second");
     std::thread::sleep(Duration::from_secs(1));
     let (ready, why) = newer.probe();
-    assert!(!ready && why.contains("gambeson0 is still served by the older supervisor"), "{why}");
-    // The old pod goes all the same: the device comes back, by the newer one.
+    assert!(!ready && why.contains("is still served by the older supervisor"), "{why}");
+    // The agent has the newer one serve the devices of a new key.
+    newer.wait_until_ready();
     let [agent, older] = pods.remove(0);
     older.stop("TERM");
+    agent.wait_until_ready();
+    assert!(newer.log().contains("serving a device"), "{}", newer.log());
+    assert_eq!(node.status().unwrap().generation, Some(1));
+    let reports = traffic.finish(Duration::from_secs(2));
+    assert!(reports.iter().all(FlowReport::is_perfect), "{reports:#?}");
+}
+
+/// A pod that is deleted by hand: the device comes back, by the newer one, with the same key.
+#[test]
+fn a_tunnel_pod_that_ends_too_early_is_made_up_for() {
+    let lab = empty_lab();
+    let kubelet = kubelet(&lab);
+    let mut pods = bring_up(&lab, &kubelet);
+    let node = lab.node("node-1").unwrap();
+    let [agent, older] = pods.remove(0);
+    older.stop("TERM");
+    let newer = kubelet.start(node, "gambeson-tunnel", "second");
     newer.wait_until_ready();
     agent.wait_until_ready();
     node.wait_for_mesh().unwrap();
     assert!(newer.log().contains("serving a device"), "{}", newer.log());
+    assert_eq!(node.status().unwrap().generation, Some(0));
 }

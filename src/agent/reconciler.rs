@@ -54,6 +54,8 @@ pub(super) struct Reconciler {
     changeover: Changeover,
     liveness: Liveness,
     rotation: Rotation,
+    /// When a key was last replaced because of an older tunnel program.
+    upgraded: Option<Instant>,
     /// Whether the topology knows what a former agent left in the kernel.
     recovered: bool,
     /// Addresses of the VXLAN devices that a former agent, or Flannel, left in the kernel.
@@ -117,6 +119,7 @@ impl Reconciler {
             changeover: Changeover::default(),
             liveness: Liveness::default(),
             rotation: Rotation::default(),
+            upgraded: None,
             recovered: false,
             found: Vteps::default(),
             underlay: None,

@@ -207,6 +207,19 @@ impl Kernel {
         errors
     }
 
+    /// Whether an older program serves one of these userspace devices than would be started now.
+    pub async fn has_outdated_tunnels(&self, observed: &Observed) -> bool {
+        let userspace = |link: &ObservedLink| {
+            link.is_ours() && link.kind == Some(LinkKind::WireGuard(Implementation::Userspace))
+        };
+        for (device, _) in observed.links.iter().filter(|(_, link)| userspace(link)) {
+            if wireguard::is_outdated(&self.tunnels, *device).await {
+                return true;
+            }
+        }
+        false
+    }
+
     /// Reads what the guard has dropped.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use gambeson_mesh::session::DeviceName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -9,6 +10,9 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::protocol::{LONGEST, PATIENCE, Reply, Request, START, sockets};
+
+/// A supervisor says at once what it serves.
+const LIST: Duration = Duration::from_secs(1);
 
 /// The supervisors of this node.
 #[derive(Debug, Clone)]
@@ -85,6 +89,24 @@ impl Supervisors {
             }
         }
         failed.map_or(Ok(()), Err)
+    }
+
+    /// Whether any but the newest that answers serves a device. One that does not answer is not
+    /// waited for.
+    pub async fn is_any_outdated(&self) -> bool {
+        let mut newest = None;
+        for socket in self.sockets().unwrap_or_default() {
+            let list = async {
+                let stream = UnixStream::connect(&socket).await?;
+                converse(stream, &Request::List).await
+            };
+            match timeout(LIST, list).await {
+                Ok(Ok(_)) if newest.is_none() => newest = Some(socket),
+                Ok(Ok(reply)) if !reply.devices.is_empty() => return true,
+                _ => {}
+            }
+        }
+        false
     }
 
     fn sockets(&self) -> Result<Vec<PathBuf>, AskError> {

@@ -15,6 +15,7 @@ use crate::common::agent::{address, answers, eventually};
 use crate::common::lab::{GAMBESON, both, chain, lab_options, lab_up};
 use crate::common::scenario::accept;
 use crate::migration::flannels;
+use crate::rotation::request;
 
 /// The emulated machine is some ten times slower, and busy with packets; what takes this long
 /// is broken.
@@ -206,7 +207,7 @@ fn killed_agents_lose_no_packet_and_their_devices_are_adopted() {
         nodes.iter().map(one).collect()
     };
     let before = devices();
-    assert_no_loss(&lab, |traffic| {
+    assert_no_loss(&lab, 1000, |traffic| {
         flow(traffic, 1000);
         lab.nodes().iter().for_each(|node| node.kill_agent().unwrap());
         flow(traffic, 1000);
@@ -223,11 +224,12 @@ fn killed_agents_lose_no_packet_and_their_devices_are_adopted() {
     assert_eq!(devices(), before);
 }
 
-/// Sends 1,000 packets per second each way, or as many as the emulated machine carries,
-/// which must all arrive.
-fn assert_no_loss(lab: &Lab, meanwhile: impl FnOnce(&Traffic)) {
+/// Sends so many packets per second each way, or as many as the emulated machine carries, which
+/// must all arrive.
+fn assert_no_loss(lab: &Lab, packets_per_second: u32, meanwhile: impl FnOnce(&Traffic)) {
     let pair = (lab.pod("pod-1-1").unwrap(), lab.pod("pod-2-1").unwrap());
-    let traffic = Traffic::start_within(&[pair], Rate::default(), WINDOW).unwrap();
+    let rate = Rate { packets_per_second, ..Rate::default() };
+    let traffic = Traffic::start_within(&[pair], rate, WINDOW).unwrap();
     let start = Instant::now();
     meanwhile(&traffic);
     let reports = traffic.finish(Duration::from_secs(10));
@@ -254,4 +256,34 @@ fn a_taken_port_ends_the_agent_with_its_exit_code() {
     let output = node.exec(&["timeout", "60", "sh", "-c", &agent]).unwrap();
     assert_eq!(output.status.code(), Some(Exit::PortTaken as i32), "{}", both(&output));
     assert!(both(&output).contains("UDP port 51820"), "{}", both(&output));
+}
+
+/// Keys are replaced on both nodes, one after the other and both at once.
+#[test]
+fn keys_are_replaced_without_losing_a_packet_by_either_implementation() {
+    for modes in ["kernel", "node-1=kernel,node-2=userspace"] {
+        let lab = lab_up(with_modes(modes));
+        assert_no_loss(&lab, 100, |traffic| {
+            for (asked, generations) in
+                [(&["node-1"][..], [1, 0]), (&["node-2"], [1, 1]), (&["node-1", "node-2"], [2, 2])]
+            {
+                for name in asked {
+                    request(&lab, name, &format!("{generations:?}"));
+                }
+                for (node, generation) in lab.nodes().into_iter().zip(generations) {
+                    let is_rotated = || {
+                        let status = node.status().ok()?;
+                        let settled = status.rotation.is_none();
+                        (status.generation == Some(generation) && settled).then_some(())
+                    };
+                    let rotated = until(Instant::now() + PATIENCE, is_rotated);
+                    assert!(rotated.is_some(), "{}", node.agent_log().unwrap());
+                }
+                flow(traffic, 200);
+            }
+        });
+        for node in lab.nodes() {
+            assert_eq!(sh(&node, "ip -o link show | grep -c ' gambeson[0-9]'").trim(), "1");
+        }
+    }
 }

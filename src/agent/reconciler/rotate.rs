@@ -20,6 +20,9 @@ use crate::agent::words::chain;
 /// Nobody listens there, so that the answer is an ICMP error (RFC 863).
 const DISCARD: u16 = 9;
 
+/// How long after one rotation because of an older tunnel program there is no other.
+const UPGRADE_AGAIN: Duration = Duration::from_secs(600);
+
 impl Reconciler {
     /// Goes on with the rotation of this node's key, and begins one that is asked for. What
     /// cannot be done is said and tried again in the next pass. Gives the name of the step that
@@ -31,10 +34,11 @@ impl Reconciler {
         now: Instant,
         pass: &mut Pass,
     ) -> Option<&'static str> {
+        let outdated = self.has_outdated_tunnels(observed, now).await;
         let keys = self.keys.as_mut()?;
         let answer = keys.answer().clone();
         let due = self.config.rotate_every.filter(|every| is_old(keys, *every));
-        let due = due.map(|_| Cause::Age);
+        let due = due.map(|_| Cause::Age).or(outdated.then_some(Cause::Upgrade));
         let (answered, revoke) = (answer.request.as_deref(), answer.revoke);
         let sight = Sight { mesh, local, pairs, observed, own, answered, revoke, due, now };
         let task = self.rotation.follow(&sight);
@@ -53,6 +57,9 @@ impl Reconciler {
                 if added.is_ok() {
                     crash_at(crash_file, "keep");
                     next_step = Some("stage");
+                    if cause == Cause::Upgrade {
+                        self.upgraded = Some(now);
+                    }
                     info!(
                         from = old.number(),
                         to = keys.newest().number(),
@@ -76,6 +83,18 @@ impl Reconciler {
         local.promoted = local.keys.len() > 1 && self.rotation.is_promoted();
         probe(probes).await;
         next_step
+    }
+}
+
+impl Reconciler {
+    /// Whether an older program serves this node's devices, so that the newer is to serve those of
+    /// a new key. Where that did not help, it is not tried again for some time.
+    async fn has_outdated_tunnels(&mut self, observed: &Observed, now: Instant) -> bool {
+        let tried = self.upgraded.is_some_and(|last| now.duration_since(last) < UPGRADE_AGAIN);
+        if tried || self.rotation.progress().is_some() {
+            return false;
+        }
+        self.kernel.has_outdated_tunnels(observed).await
     }
 }
 

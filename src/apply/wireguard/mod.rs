@@ -25,7 +25,7 @@ use ipnet::IpNet;
 
 use super::ApplyError;
 
-pub(super) use process::{Tunnels, retire, start};
+pub(super) use process::{Tunnels, is_outdated, retire, start};
 
 /// Prefixes of one peer in one request; a netlink message has room for about 180.
 const PREFIXES_PER_ENTRY: usize = 64;

@@ -1,6 +1,7 @@
 //! The processes of userspace devices: `gambeson tunnel`, which outlives the agent.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -87,6 +88,25 @@ async fn start_own(program: &Path, device: DeviceName, mtu: u32) -> Result<(), A
     let message = String::from_utf8_lossy(&message);
     let message = message.trim().trim_start_matches("gambeson: ").to_owned();
     Err(ApplyError::Tunnel { device, status, message })
+}
+
+/// Whether another program serves the device than one that is started now would be.
+pub(in crate::apply) async fn is_outdated(tunnels: &Tunnels, device: DeviceName) -> bool {
+    match tunnels {
+        Tunnels::Own(program) => {
+            let Ok(stream) = UnixStream::connect(socket(device)).await else { return false };
+            let pid = stream.peer_cred().ok().and_then(|peer| peer.pid());
+            let running = pid.and_then(|pid| file_of(format!("/proc/{pid}/exe")));
+            // What cannot be told is left alone.
+            running.zip(file_of(program)).is_some_and(|(running, program)| running != program)
+        }
+        Tunnels::Supervised(supervisors) => supervisors.is_any_outdated().await,
+    }
+}
+
+/// Which file it is, by device and inode.
+fn file_of(path: impl AsRef<Path>) -> Option<(u64, u64)> {
+    fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Waits until no process serves the device any more, so that a new one does not meet the
