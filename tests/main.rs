@@ -27,6 +27,7 @@ mod migration;
 mod nat;
 mod repair;
 mod rotation;
+mod soak;
 mod start;
 mod status;
 mod survive;

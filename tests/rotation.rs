@@ -13,6 +13,9 @@ use serde_json::{Value, json};
 use crate::common::agent::{eventually, status_when, userspace};
 use crate::common::lab::{GAMBESON, both, lab_up};
 use crate::common::scenario::{PATIENCE, dual, guard_drops, run, within};
+use crate::soak::install;
+
+pub(crate) mod tcp;
 
 /// How long the last packets may take to arrive.
 const GRACE: Duration = Duration::from_secs(2);
@@ -40,7 +43,7 @@ fn at_step(node: Node<'_>, step: &str) -> Status {
 }
 
 /// Packets both ways between all pods on different nodes.
-fn all_pairs(lab: &Lab, packets_per_second: u32) -> Traffic {
+pub(crate) fn all_pairs(lab: &Lab, packets_per_second: u32) -> Traffic {
     let pods = lab.pods();
     let of = |index: usize| pods[index..].iter().map(move |pod| (index, pod));
     let pairs: Vec<(Pod<'_>, Pod<'_>)> = (0..pods.len())
@@ -51,7 +54,7 @@ fn all_pairs(lab: &Lab, packets_per_second: u32) -> Traffic {
     Traffic::start(&pairs, Rate { packets_per_second, ..Rate::default() }).unwrap()
 }
 
-fn assert_perfect(lab: &Lab, traffic: Traffic) {
+pub(crate) fn assert_perfect(lab: &Lab, traffic: Traffic) {
     let reports = traffic.finish(GRACE);
     assert!(reports.iter().all(FlowReport::is_perfect), "{reports:#?}");
     for node in lab.nodes() {
@@ -80,7 +83,7 @@ fn events(lab: &Lab, reason: &str) -> Vec<String> {
 }
 
 /// No device, process or key is left of what was replaced.
-fn assert_tidy(node: Node<'_>) {
+pub(crate) fn assert_tidy(node: Node<'_>) {
     let environment = node.environment();
     let devices = run(&environment, "ip -o link show | grep -c ' gambeson[0-9]'");
     let devices: usize = devices.trim().parse().unwrap();
@@ -289,17 +292,12 @@ fn a_revoked_key_goes_whoever_uses_it() {
 fn a_tunnel_program_is_upgraded_by_a_rotation() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let program = folder.path().join("gambeson");
-    let install = || {
-        let newer = folder.path().join("newer");
-        std::fs::copy(GAMBESON, &newer).unwrap();
-        std::fs::rename(newer, &program).unwrap();
-    };
-    install();
+    install(&program);
     let lab = lab_up(Options { binary: program.clone(), ..userspace() });
     let nodes = ["node-1", "node-2"].map(|name| lab.node(name).unwrap());
     let traffic = all_pairs(&lab, 500);
     for generation in 1..=2 {
-        install();
+        install(&program);
         let before = nodes.map(|node| node.tunnels());
         for node in nodes {
             node.restart_agent().unwrap();
