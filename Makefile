@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit check vm image manifests
+.PHONY: help setup lab test unit check soak vm image manifests
 
 help:   ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,6 +37,11 @@ image:  ## The container image: target/image/gambeson.tar, and what is in it
 
 manifests:  ## deploy/*.yaml, from the chart
 	@deploy/chart/manifests.sh
+
+soak:   ## Rotations, kills, upgrades and outages under load: make soak MINUTES=10 RATE=50
+	@deploy/setup/debian.sh
+	GAMBESON_SOAK_SECONDS=$$((60 * $(or $(MINUTES),10))) GAMBESON_SOAK_RATE=$(or $(RATE),50) \
+		cargo nextest run --locked --no-capture --test integration soak::
 
 vm:     ## The tests with the kernel's WireGuard, in a virtual machine
 	@deploy/setup/debian.sh

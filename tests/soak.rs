@@ -16,8 +16,9 @@ use rand::seq::IndexedRandom as _;
 use rand::{Rng as _, SeedableRng as _};
 
 use crate::chaos::number;
-use crate::common::agent::{status_when, userspace};
+use crate::common::agent::userspace;
 use crate::common::lab::{GAMBESON, lab_up};
+use crate::common::scenario::{PATIENCE, within};
 use crate::leak::Watch;
 use crate::rotation::{all_pairs, assert_perfect, assert_tidy, request, tcp::Streams};
 
@@ -142,13 +143,20 @@ fn memory(lab: &Lab) -> [u64; 2] {
     [agents.unwrap(), tunnels.unwrap()]
 }
 
+/// Waits until no node has anything left to do, which one may begin when another has ended.
 fn settled(lab: &Lab) {
-    for node in lab.nodes() {
-        let peers = lab.nodes().len() - 1;
-        status_when(node, "has nothing left to do", |status| {
+    let peers = lab.nodes().len() - 1;
+    let is_settled = |node: &Node<'_>| {
+        node.status().is_ok_and(|status| {
             status.rotation.is_none() && status.errors.is_empty() && status.peers.len() == peers
-        });
-    }
+        })
+    };
+    let mut calm = 0;
+    within(4 * PATIENCE, "everybody is done", || {
+        sleep(Duration::from_millis(500));
+        calm = if lab.nodes().iter().all(is_settled) { calm + 1 } else { 0 };
+        (calm == 4).then_some(())
+    });
 }
 
 #[test]
@@ -177,10 +185,10 @@ fn nothing_is_lost_whatever_an_operator_does() {
         sleep(Duration::from_millis(soak.rng.random_range(0..3000)));
     }
     settled(&lab);
-    let (after, retransmitted) = (memory(&lab), streams.finish());
+    let (after, sent_again) = (memory(&lab), streams.finish());
     let (sent, _) = traffic.so_far();
     eprintln!(
-        "{} in {:.0} s: {sent} packets sent, {retransmitted} TCP segments sent again; agents \
+        "{} in {:.0} s: {sent} packets sent, {sent_again:?}; agents \
          {} KiB before and {} KiB after, tunnels {} and {}",
         soak.counts,
         start.elapsed().as_secs_f64(),
@@ -190,6 +198,7 @@ fn nothing_is_lost_whatever_an_operator_does() {
         after[1],
     );
     assert_perfect(&lab, traffic);
+    assert_eq!(sent_again.all, sent_again.needless, "TCP segments were lost");
     watch.assert_silent();
     lab.nodes().into_iter().for_each(assert_tidy);
     for (before, after) in before.into_iter().zip(after) {

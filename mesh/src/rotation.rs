@@ -43,8 +43,9 @@ const DRAIN: Duration = Duration::from_secs(5);
 const AWAY: Duration = Duration::from_secs(20);
 /// A peer that is waited for longer than this holds the rotation up.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How often to look at the counters.
+/// How often to look for what is about to happen, and at the counters meanwhile.
 const LOOK: Duration = Duration::from_millis(200);
+const COUNT: Duration = Duration::from_secs(1);
 /// How often a peer is asked for a sign of life.
 const PROBE: Duration = Duration::from_secs(2);
 
@@ -186,8 +187,8 @@ impl Rotation {
     }
 
     /// When to look again, while one is under way.
-    pub fn next_look(&self) -> Option<Duration> {
-        self.running.as_ref().map(|_| LOOK)
+    pub fn next_look(&self, now: Instant) -> Option<Duration> {
+        self.running.as_ref().map(|running| running.next_look(now))
     }
 
     /// Addresses of peers to send a packet to, each time they are due: the answer shows that a
@@ -259,6 +260,18 @@ impl Running {
         if self.may_end() { Step::Promote } else { Step::Move }
     }
 
+    fn next_look(&self, now: Instant) -> Duration {
+        let Progress { step, waiting, .. } = &self.progress;
+        let handshake = waiting.values().any(|wait| *wait == Wait::Handshake);
+        if *step != Step::Move || (handshake && !self.progress.blocked) {
+            return LOOK;
+        }
+        // When the last peer will have been quiet for long enough, if nothing comes.
+        let quiet = self.tracks.values().filter_map(Track::quiet_since).max();
+        let left = quiet.map_or(COUNT, |since| (since + DRAIN).saturating_duration_since(now));
+        left.clamp(LOOK, COUNT)
+    }
+
     fn may_end(&self) -> bool {
         self.progress.revoke || self.progress.waiting.is_empty()
     }
@@ -315,9 +328,13 @@ impl Track {
 
     /// What is still to happen before the peer has left the old key.
     fn wait(&self, now: Instant) -> Option<Wait> {
-        let Some(proven) = self.proven else { return Some(Wait::Handshake) };
-        let quiet = now.duration_since(proven.max(self.old));
-        (quiet < DRAIN).then_some(Wait::Drain)
+        let Some(quiet) = self.quiet_since() else { return Some(Wait::Handshake) };
+        (now.duration_since(quiet) < DRAIN).then_some(Wait::Drain)
+    }
+
+    /// Since when nothing has come under the old key, once there is a session of the new one.
+    fn quiet_since(&self) -> Option<Instant> {
+        self.proven.map(|proven| proven.max(self.old))
     }
 }
 

@@ -258,7 +258,7 @@ impl Reconciler {
         let announced = inputs.own.as_ref().is_some_and(|own| is_announced(&local, own));
         let changes = self.changeover.follow(&mesh, &local, &observed, announced, now);
         let looks = [self.changeover.next_look(now), self.liveness.next_look(now)];
-        pass.again = looks.into_iter().flatten().chain(self.rotation.next_look()).min();
+        pass.again = looks.into_iter().flatten().chain(self.rotation.next_look(now)).min();
         let paths = Paths { changes, pairs };
         let desired = transport::desired(&mesh, &local, &paths);
         let plan = Plan::new(&desired, &observed);
