@@ -96,6 +96,8 @@ pub struct Config {
     pub bridge: String,
     /// At what age this node's key is replaced.
     pub rotate_every: Option<Duration>,
+    /// A secret of the cluster for preshared keys.
+    pub psk_file: Option<PathBuf>,
     /// Names the step of a rotation at which this process is to end.
     pub crash_at: Option<PathBuf>,
     /// Keys of net-conf.json that this version does nothing with.
@@ -208,6 +210,7 @@ impl Options {
             require_admission: self.require_admission,
             bridge: self.bridge,
             rotate_every: self.rotate_every,
+            psk_file: self.psk_file,
             crash_at: self.crash_at,
             unknown_keys: file.unknown,
         })

@@ -20,6 +20,7 @@ const MATRIX: [&[&str]; 7] = [
         "podCidrv6=fd00:10:244::/48",
         "ipMasq=false",
         "rotateEvery=90d",
+        "pskSecret=gambeson-psk",
         "extraArgs={--bridge=br7}",
         "port=51900",
     ],

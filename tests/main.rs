@@ -25,6 +25,7 @@ mod leak;
 mod mesh;
 mod migration;
 mod nat;
+mod preshared;
 mod repair;
 mod rotation;
 mod soak;

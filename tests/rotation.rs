@@ -31,7 +31,7 @@ pub(crate) fn request(lab: &Lab, node: &str, text: &str) {
 }
 
 /// Waits until a node uses the key of this generation alone, and says so.
-fn rotated(node: Node<'_>, generation: u64) -> Status {
+pub(crate) fn rotated(node: Node<'_>, generation: u64) -> Status {
     status_when(node, &format!("uses key generation {generation}"), |status| {
         status.generation == Some(generation) && status.rotation.is_none()
     })

@@ -173,7 +173,7 @@ fn a_key_file_that_is_not_as_it_was_left_is_refused_and_not_touched() {
     let folder = file.parent().unwrap();
     for (what, damage) in damages {
         let _ = fs::remove_dir_all(folder);
-        KeyStore::at(&file).create(Generation::FIRST, Answer::default()).unwrap();
+        KeyStore::at(&file).create(Generation::FIRST, Answer::default(), None).unwrap();
         damage(&file);
         let before = fingerprint(&file);
         let output = agent(node, &[], &[]);

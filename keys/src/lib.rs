@@ -11,6 +11,9 @@ mod public;
 #[cfg(feature = "private")]
 mod ring;
 #[cfg(feature = "private")]
+mod secret;
+mod secret_id;
+#[cfg(feature = "private")]
 mod store;
 
 pub use generation::Generation;
@@ -19,5 +22,8 @@ pub use key::PrivateKey;
 pub use public::{PublicKey, PublicKeyError, is_low_order};
 #[cfg(feature = "private")]
 pub use ring::{Answer, KeyRing};
+#[cfg(feature = "private")]
+pub use secret::{ClusterSecret, SecretError, Secrets};
+pub use secret_id::{SecretId, SecretIdError};
 #[cfg(feature = "private")]
 pub use store::{KeyStore, KeyStoreError};

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::{Generation, PrivateKey, PublicKey};
+use crate::{Generation, PrivateKey, PublicKey, SecretId, Secrets};
 
 /// The private keys of this node by generation: one, or two while a rotation runs.
 #[derive(Debug)]
@@ -9,6 +9,8 @@ pub struct KeyRing {
     keys: BTreeMap<Generation, Entry>,
     newest: Generation,
     answer: Answer,
+    /// Of which preshared keys are made, the oldest first.
+    secrets: Secrets,
 }
 
 /// What the newest key was made for.
@@ -26,29 +28,41 @@ pub(crate) struct Entry {
     pub(crate) key: PrivateKey,
     /// Seconds since the Unix epoch. Unknown where the file does not say.
     pub(crate) made: Option<u64>,
+    /// Of which its sessions' preshared keys are made.
+    pub(crate) secret: Option<SecretId>,
 }
 
 impl Entry {
-    pub(crate) fn generate() -> Self {
+    pub(crate) fn generate(secret: Option<SecretId>) -> Self {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { key: PrivateKey::generate(), made: Some(now.as_secs()) }
+        Self { key: PrivateKey::generate(), made: Some(now.as_secs()), secret }
     }
 }
 
 impl KeyRing {
     /// A ring of one key.
     pub fn new(generation: Generation, key: PrivateKey) -> Self {
-        Self::first(generation, Entry { key, made: None }, Answer::default())
+        let entry = Entry { key, made: None, secret: None };
+        Self::first(generation, entry, Answer::default(), Secrets::default())
     }
 
-    pub(crate) fn first(generation: Generation, entry: Entry, answer: Answer) -> Self {
-        Self { keys: BTreeMap::from([(generation, entry)]), newest: generation, answer }
+    pub(crate) fn first(
+        generation: Generation,
+        entry: Entry,
+        answer: Answer,
+        secrets: Secrets,
+    ) -> Self {
+        Self { keys: BTreeMap::from([(generation, entry)]), newest: generation, answer, secrets }
     }
 
     /// A ring of these keys, or `None` when there are none.
-    pub(crate) fn from_parts(keys: BTreeMap<Generation, Entry>, answer: Answer) -> Option<Self> {
+    pub(crate) fn from_parts(
+        keys: BTreeMap<Generation, Entry>,
+        answer: Answer,
+        secrets: Secrets,
+    ) -> Option<Self> {
         let newest = *keys.last_key_value()?.0;
-        Some(Self { keys, newest, answer })
+        Some(Self { keys, newest, answer, secrets })
     }
 
     /// The private keys, oldest generation first.
@@ -71,6 +85,16 @@ impl KeyRing {
         self.iter().map(|(generation, entry)| (generation, entry.key.public())).collect()
     }
 
+    /// What the preshared keys of each key's sessions are made of, where they have some.
+    pub fn secret_ids(&self) -> BTreeMap<Generation, SecretId> {
+        self.iter().filter_map(|(generation, entry)| Some((generation, entry.secret?))).collect()
+    }
+
+    /// The cluster's secrets that this node knows, the oldest first.
+    pub fn secrets(&self) -> &Secrets {
+        &self.secrets
+    }
+
     /// The newest generation: the only one, unless a rotation runs.
     pub fn newest(&self) -> Generation {
         self.newest
@@ -90,11 +114,21 @@ impl KeyRing {
     }
 
     /// The newest key, and one after it.
-    pub(crate) fn add_next(&mut self, next: Generation, entry: Entry, answer: Answer) {
+    pub(crate) fn add_next(
+        &mut self,
+        next: Generation,
+        entry: Entry,
+        (answer, secrets): (Answer, Secrets),
+    ) {
+        self.secrets = secrets;
         self.keep_newest();
         self.keys.insert(next, entry);
         self.newest = next;
         self.answer = answer;
+    }
+
+    pub(crate) fn set_secrets(&mut self, secrets: Secrets) {
+        self.secrets = secrets;
     }
 
     /// Drops every key but the newest, from memory as well.

@@ -16,7 +16,7 @@ use nix::unistd::{Uid, UnlinkatFlags, unlinkat};
 use zeroize::Zeroizing;
 
 use crate::ring::Entry;
-use crate::{Answer, Generation, KeyRing};
+use crate::{Answer, ClusterSecret, Generation, KeyRing, Secrets};
 
 mod document;
 mod error;
@@ -73,15 +73,21 @@ impl KeyStore {
     /// # Errors
     /// [`KeyStoreError::Exists`] when there is a file already, whatever its state, and any
     /// failure to write.
-    pub fn create(&self, first: Generation, answer: Answer) -> Result<KeyRing, KeyStoreError> {
+    pub fn create(
+        &self,
+        first: Generation,
+        answer: Answer,
+        secret: Option<ClusterSecret>,
+    ) -> Result<KeyRing, KeyStoreError> {
         let (directory, name) = self.lock()?;
         match fstatat(&*directory, &*name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Err(Errno::ENOENT) => {}
             Ok(_) => return Err(KeyStoreError::Exists { path: self.path.clone() }),
             Err(errno) => return Err(self.read_error(errno.into())),
         }
-        let ring = KeyRing::first(first, Entry::generate(), answer);
-        self.write(&directory, &name, ring.iter(), ring.answer())?;
+        let id = secret.as_ref().map(ClusterSecret::id);
+        let ring = KeyRing::first(first, Entry::generate(id), answer, Secrets::new(secret));
+        self.write(&directory, &name, ring.iter(), (ring.answer(), ring.secrets()))?;
         Ok(ring)
     }
 
@@ -90,13 +96,19 @@ impl KeyStore {
     ///
     /// # Errors
     /// Any failure to write; the ring is as it was.
-    pub fn add_next(&self, ring: &mut KeyRing, answer: Answer) -> Result<(), KeyStoreError> {
+    pub fn add_next(
+        &self,
+        ring: &mut KeyRing,
+        answer: Answer,
+        secret: Option<ClusterSecret>,
+    ) -> Result<(), KeyStoreError> {
         let next = ring.newest().next().ok_or_else(|| self.last_generation())?;
         let (directory, name) = self.lock()?;
-        let entry = Entry::generate();
+        let entry = Entry::generate(secret.as_ref().map(ClusterSecret::id));
+        let secrets = with_secret(ring.secrets(), secret);
         let keys = ring.newest_alone().chain([(next, &entry)]);
-        self.write(&directory, &name, keys, &answer)?;
-        ring.add_next(next, entry, answer);
+        self.write(&directory, &name, keys, (&answer, &secrets))?;
+        ring.add_next(next, entry, (answer, secrets));
         Ok(())
     }
 
@@ -109,11 +121,25 @@ impl KeyStore {
         let (directory, name) = self.lock()?;
         let flags = OFlag::O_WRONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
         let former = openat(&*directory, &*name, flags, Mode::empty()).map(File::from);
-        self.write(&directory, &name, ring.newest_alone(), ring.answer())?;
+        self.write(&directory, &name, ring.newest_alone(), (ring.answer(), ring.secrets()))?;
         ring.keep_newest();
         if let Ok(former) = former {
             overwrite(former).map_err(|source| self.write_error("erase a former", source))?;
         }
+        Ok(())
+    }
+
+    /// Forgets every secret but that of the newest key, durably.
+    ///
+    /// # Errors
+    /// Any failure to write; the ring is as it was.
+    pub fn forget_older_secrets(&self, ring: &mut KeyRing) -> Result<(), KeyStoreError> {
+        let (directory, name) = self.lock()?;
+        let newest = ring.secret_ids().get(&ring.newest()).copied();
+        let known = newest.and_then(|id| ring.secrets().get(id)).cloned();
+        let secrets = Secrets::new(known);
+        self.write(&directory, &name, ring.iter(), (ring.answer(), &secrets))?;
+        ring.set_secrets(secrets);
         Ok(())
     }
 
@@ -232,9 +258,9 @@ impl KeyStore {
         directory: &File,
         name: &OsString,
         keys: impl Iterator<Item = (Generation, &'a Entry)>,
-        answer: &Answer,
+        what_for: (&Answer, &Secrets),
     ) -> Result<(), KeyStoreError> {
-        let bytes = document::render(keys, answer)
+        let bytes = document::render(keys, what_for)
             .map_err(|source| self.write_error("encode", io::Error::other(source)))?;
         let temporary = temporary_name(name);
         match unlinkat(directory, &*temporary, UnlinkatFlags::NoRemoveDir) {
@@ -263,6 +289,14 @@ impl KeyStore {
     fn write_error(&self, operation: &'static str, source: io::Error) -> KeyStoreError {
         KeyStoreError::Write { path: self.path.clone(), operation, source }
     }
+}
+
+/// Secrets with this one as the newest; of the others, the newest stays for peers that have not
+/// followed.
+fn with_secret(secrets: &Secrets, secret: Option<ClusterSecret>) -> Secrets {
+    let Some(secret) = secret else { return secrets.clone() };
+    let others: Vec<_> = secrets.iter().filter(|known| **known != secret).cloned().collect();
+    Secrets::new(others.last().cloned().into_iter().chain([secret]))
 }
 
 fn temporary_name(name: &OsString) -> OsString {

@@ -110,6 +110,13 @@ impl<'a> Node<'a> {
         self.driven_by(daemon::start_agent(&self.lab.options, self.index)?)
     }
 
+    /// Starts the agent with more arguments than the lab's agents have.
+    pub fn start_agent_with(&self, more: &[&str]) -> Result<(), LabError> {
+        let mut options = self.lab.options.clone();
+        options.agent_arguments.extend(more.iter().map(|&argument| argument.to_owned()));
+        self.driven_by(daemon::start_agent(&options, self.index)?)
+    }
+
     /// Starts the stand-in for Flannel in place of the agent, which must have ended.
     pub fn start_flannel(&self) -> Result<(), LabError> {
         self.driven_by(daemon::start_flannel(&self.lab.options, self.index)?)

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use gambeson_keys::{Generation, PublicKey};
+use gambeson_keys::{Generation, PublicKey, SecretId};
 use ipnet::IpNet;
 use serde::Serialize;
 
@@ -188,6 +188,8 @@ pub struct WireGuardPeer {
     pub allowed_ips: BTreeSet<IpNet>,
     /// Persistent keepalive in seconds.
     pub persistent_keepalive: Option<u16>,
+    /// Of which secret its preshared key is made, if it has one.
+    pub secret: Option<SecretId>,
 }
 
 /// Identity of a route in the main table: the kernel allows one per destination and metric.

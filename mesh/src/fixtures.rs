@@ -36,6 +36,8 @@ pub(crate) fn local(i: u8, generation: u64) -> Local {
         pod_cidrs,
         cluster_networks: BTreeSet::from([net("10.244.0.0/16"), net("fd00:10:244::/48")]),
         keys: BTreeMap::from([(Generation::new(generation), key(i))]),
+        secrets: BTreeMap::new(),
+        known_secrets: Vec::new(),
         promoted: false,
         endpoints,
         addresses: endpoints,

@@ -17,6 +17,7 @@ pub mod node;
 pub mod observed;
 pub mod pair;
 pub mod plan;
+mod preshared;
 pub mod rotation;
 pub mod session;
 #[cfg(test)]

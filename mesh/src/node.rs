@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use gambeson_keys::{Generation, PublicKey};
+use gambeson_keys::{Generation, PublicKey, SecretId};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
@@ -98,6 +98,10 @@ pub struct Local {
     pub cluster_networks: BTreeSet<IpNet>,
     /// Public keys of this node by generation. The first is in use, a second is next.
     pub keys: BTreeMap<Generation, PublicKey>,
+    /// Of which secret of the cluster each key's preshared keys are made, where they have some.
+    pub secrets: BTreeMap<Generation, SecretId>,
+    /// The secrets that this node knows, the oldest first.
+    pub known_secrets: Vec<SecretId>,
     /// Whether the second has taken the first one's place, which only waits to be retired.
     pub promoted: bool,
     /// Published endpoints.
@@ -149,6 +153,10 @@ pub struct Node {
     pub public_key: Option<PublicKey>,
     /// The key of the next generation, during a rotation.
     pub next_public_key: Option<PublicKey>,
+    /// Of which secret of the cluster preshared keys of `public_key` are made.
+    pub secret: Option<SecretId>,
+    /// The same of `next_public_key`.
+    pub next_secret: Option<SecretId>,
     /// Where to send, after the operator's overrides; at least one.
     pub endpoints: Endpoints,
     /// Base UDP port.

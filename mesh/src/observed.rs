@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use gambeson_keys::PublicKey;
+use gambeson_keys::{PublicKey, SecretId};
 use ipnet::IpNet;
 
 use crate::desired::{LinkKind, Route, RouteKey, Rule, Ruleset, Sysctl, VtepTables};
@@ -103,6 +103,18 @@ pub struct ObservedWireGuard {
     pub peers: BTreeMap<PublicKey, ObservedPeer>,
 }
 
+/// What a preshared key was made of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Preshared {
+    /// There is none.
+    #[default]
+    None,
+    /// This secret of the cluster and the two keys of the session.
+    Of(SecretId),
+    /// Somebody else set it.
+    Foreign,
+}
+
 /// State of one peer on a device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ObservedPeer {
@@ -114,8 +126,8 @@ pub struct ObservedPeer {
     pub allowed_ips: BTreeSet<IpNet>,
     /// Persistent keepalive in seconds.
     pub persistent_keepalive: Option<u16>,
-    /// Whether it has a preshared key. We never set one.
-    pub preshared_key: bool,
+    /// Its preshared key.
+    pub preshared: Preshared,
     /// Time since the last completed handshake, or `None` when there was none.
     pub handshake_age: Option<Duration>,
     /// Bytes received, after decryption headers as the kernel counts them.

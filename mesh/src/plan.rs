@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use gambeson_keys::{Generation, PublicKey};
+use gambeson_keys::{Generation, PublicKey, SecretId};
 use ipnet::IpNet;
 
 use crate::desired::{
@@ -108,8 +108,8 @@ pub struct PeerChange {
     pub allowed_ips: Option<BTreeSet<IpNet>>,
     /// New keepalive in seconds; 0 turns it off.
     pub persistent_keepalive: Option<u16>,
-    /// Take away the preshared key that somebody set.
-    pub clear_preshared_key: bool,
+    /// Set the preshared key that is made of this secret, or take away the one that is there.
+    pub preshared_key: Option<Option<SecretId>>,
 }
 
 impl Plan {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use gambeson_keys::{Generation, PublicKey};
 
 use crate::desired::{Desired, LinkKind, NextHop, Sysctl, VtepEntry, VtepTables};
-use crate::observed::{Observed, ObservedLink, ObservedPeer, ObservedWireGuard};
+use crate::observed::{Observed, ObservedLink, ObservedPeer, ObservedWireGuard, Preshared};
 use crate::plan::{Action, PeerChange, Plan, WireGuardChange};
 use crate::session::DeviceName;
 
@@ -177,8 +177,8 @@ fn set_peer(change: &PeerChange, peer: &mut ObservedPeer) {
     if let Some(seconds) = change.persistent_keepalive {
         peer.persistent_keepalive = Some(seconds);
     }
-    if change.clear_preshared_key {
-        peer.preshared_key = false;
+    if let Some(secret) = change.preshared_key {
+        peer.preshared = secret.map_or(Preshared::None, Preshared::Of);
     }
 }
 

@@ -14,6 +14,7 @@ use crate::node::{
 };
 use crate::observed::Observed;
 use crate::pair;
+use crate::preshared;
 
 mod claims;
 mod recovered;
@@ -162,6 +163,9 @@ impl Topology {
             if !node.ignored.is_empty() {
                 mesh.ignored.insert(name.clone(), node.ignored.clone());
             }
+            if !preshared::is_protected(local, node) {
+                mesh.refused.entry(name.clone()).or_insert(Refusal::NoPresharedKey);
+            }
             match pair::transport(local, node) {
                 Ok(_) => _ = mesh.peers.insert(name.clone(), node.clone()),
                 Err(refusal) => _ = mesh.refused.entry(name.clone()).or_insert(refusal),
@@ -214,6 +218,11 @@ impl Resolution<'_> {
             (Err(Refusal::NoKey), Some(_)) => return Err(Refusal::KeyGone),
             (parsed, _) => parsed?,
         };
+        // One that never had a preshared key goes on without, and can get one so.
+        let had_none = incumbent.is_some_and(|known| known.secret.or(known.next_secret).is_none());
+        if !had_none && !preshared::is_protected(self.local, &node) {
+            return Err(Refusal::NoPresharedKey);
+        }
         match incumbent {
             Some(known)
                 if node.generation < known.generation

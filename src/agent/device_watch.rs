@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use gambeson_keys::Secrets;
 use gambeson_mesh::desired::WireGuardDevice;
 use gambeson_mesh::session::DeviceName;
 use tokio::sync::watch;
@@ -20,7 +21,10 @@ const PAUSE_PER_LOOK: u32 = 200;
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The devices as they should be, or `None` while they are not all as they should.
-pub(super) type Devices = Option<Arc<BTreeMap<DeviceName, WireGuardDevice>>>;
+pub(super) type Devices = Option<Arc<Meant>>;
+
+/// Devices, and of which secrets their preshared keys may be made.
+pub(super) type Meant = (BTreeMap<DeviceName, WireGuardDevice>, Secrets);
 
 /// Counts up in `changed` whenever a device is not what it should be, once for each set of
 /// devices that a pass has left behind. Never ends.
@@ -45,9 +49,9 @@ pub(super) async fn watch(mut devices: watch::Receiver<Devices>, changed: watch:
     }
 }
 
-async fn first_changed(wanted: &BTreeMap<DeviceName, WireGuardDevice>) -> Option<DeviceName> {
-    for (name, device) in wanted {
-        if !apply::is_configured(*name, device).await {
+async fn first_changed((devices, secrets): &Meant) -> Option<DeviceName> {
+    for (name, device) in devices {
+        if !apply::is_configured(*name, device, secrets).await {
             return Some(*name);
         }
     }

@@ -20,6 +20,7 @@ mod words;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use gambeson_keys::Secrets;
 use gambeson_mesh::NodeName;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep, sleep_until, timeout};
@@ -185,9 +186,9 @@ async fn check_networks(config: &Config, connector: &Connector) -> Result<(), Ag
 }
 
 /// The devices that a pass without problems leaves behind.
-fn as_it_should_be(pass: &Pass) -> Devices {
+fn as_it_should_be(pass: &Pass, secrets: Secrets) -> Devices {
     let view = pass.view.as_ref().filter(|_| pass.problems.is_empty())?;
-    Some(Arc::new(view.desired.devices.clone()))
+    Some(Arc::new((view.desired.devices.clone(), secrets)))
 }
 
 /// Waits until it is known which Node this is.
@@ -411,7 +412,7 @@ impl Agent {
         self.status.send_replace(report);
         self.rounds.went_round();
         self.reconciles.record(now.duration_since(started), pass.problems.len());
-        self.devices.send_replace(as_it_should_be(&pass));
+        self.devices.send_replace(as_it_should_be(&pass, self.reconciler.secrets()));
         self.pacer.ended(cause, started, now, !pass.changes.is_empty());
         self.next_look = now + self.pause(&pass);
         Ok(())

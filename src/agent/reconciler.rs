@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant, SystemTime};
 
-use gambeson_keys::{Generation, KeyRing, KeyStore, PrivateKey};
+use gambeson_keys::{ClusterSecret, Generation, KeyRing, KeyStore, PrivateKey, Secrets};
 use gambeson_mesh::NodeName;
 use gambeson_mesh::changeover::{Changeover, is_announced};
 use gambeson_mesh::desired::{Desired, Implementation, LinkKind, NextHop};
@@ -49,6 +49,8 @@ pub(super) struct Reconciler {
     cni_version: Option<&'static str>,
     key_store: KeyStore,
     keys: Option<KeyRing>,
+    /// As --psk-file had it last.
+    secret: Option<ClusterSecret>,
     implementation: Option<Implementation>,
     topology: Topology,
     changeover: Changeover,
@@ -114,6 +116,7 @@ impl Reconciler {
             cni_version: None,
             key_store,
             keys: None,
+            secret: None,
             implementation: None,
             topology: Topology::new(),
             changeover: Changeover::default(),
@@ -161,7 +164,13 @@ impl Reconciler {
     /// Reads the keys of this node, if it has any yet.
     pub(super) fn load_keys(&mut self) -> Result<(), AgentError> {
         self.keys = self.key_store.load()?;
+        self.kernel.set_secrets(&self.secrets());
         Ok(())
+    }
+
+    /// Of which preshared keys are made.
+    pub(super) fn secrets(&self) -> Secrets {
+        self.keys.as_ref().map(|keys| keys.secrets().clone()).unwrap_or_default()
     }
 
     /// Packets that the guard stopped, if it can be asked.

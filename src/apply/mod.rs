@@ -23,7 +23,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
-use gambeson_keys::{KeyRing, PublicKey};
+use gambeson_keys::{KeyRing, PublicKey, Secrets};
 use gambeson_mesh::desired::{Implementation, LinkKind, Ruleset, VtepTables, WireGuardDevice};
 use gambeson_mesh::node::Transport;
 use gambeson_mesh::observed::{ForwardDrop, Observed, ObservedLink, ObservedWireGuard};
@@ -48,8 +48,8 @@ const SOON: Duration = Duration::from_secs(1);
 
 /// Whether a device's process or the kernel answers soon, and the device has the keys, the
 /// port and the peers that it should.
-pub async fn is_configured(name: DeviceName, device: &WireGuardDevice) -> bool {
-    let state = timeout(SOON, wireguard::observe(name, device.implementation)).await;
+pub async fn is_configured(name: DeviceName, device: &WireGuardDevice, secrets: &Secrets) -> bool {
+    let state = timeout(SOON, wireguard::observe(name, device.implementation, secrets)).await;
     matches!(state, Ok(Ok(Some(state))) if plan::is_configured(device, &state))
 }
 
@@ -87,6 +87,8 @@ pub struct Kernel {
     tunnels: Tunnels,
     /// Endpoints as they were written last. Where a peer is now may differ: it roams.
     pinned: BTreeMap<(DeviceName, PublicKey), SocketAddr>,
+    /// Of which preshared keys are made.
+    secrets: Secrets,
     /// Indices of the links that were seen with our alias.
     known: BTreeMap<DeviceName, u32>,
     scope: Scope,
@@ -123,12 +125,18 @@ impl Kernel {
             netlink,
             tunnels,
             pinned: BTreeMap::new(),
+            secrets: Secrets::default(),
             known: BTreeMap::new(),
             scope,
             ruleset: None,
             guard_whole: None,
             forward_drops: None,
         })
+    }
+
+    /// Tells of which secrets the preshared keys in devices may be made.
+    pub fn set_secrets(&mut self, secrets: &Secrets) {
+        self.secrets = secrets.clone();
     }
 
     /// Reads everything that carries our names and marks.
@@ -331,7 +339,8 @@ impl Kernel {
         match link.kind {
             // Also without our alias: its key may tell that it is ours.
             Some(LinkKind::WireGuard(implementation)) => {
-                observed.wireguard = wireguard::observe(device, implementation).await?;
+                let state = wireguard::observe(device, implementation, &self.secrets).await?;
+                observed.wireguard = state;
             }
             Some(LinkKind::Vxlan(_)) => {
                 observed.tables = vtep::observe(&mut self.netlink, device, link.index).await?;
@@ -424,7 +433,9 @@ impl Kernel {
                 let port = match link::ours(&mut self.netlink, device).await?.kind {
                     Some(LinkKind::Vxlan(link)) => link.vxlan.port,
                     _ => {
-                        let state = wireguard::observe(device, Implementation::Kernel).await?;
+                        let state =
+                            wireguard::observe(device, Implementation::Kernel, &self.secrets)
+                                .await?;
                         state.unwrap_or_default().listen_port
                     }
                 };

@@ -277,6 +277,13 @@ pub struct Options {
     #[arg(long, env = "GAMBESON_ROTATE_EVERY", value_name = "TIME", value_parser = duration)]
     pub rotate_every: Option<Duration>,
 
+    /// File with a secret of the cluster, of which each pair's preshared keys are made
+    ///
+    /// What `wg genpsk` prints, the same on every node. Another secret in it takes effect by a
+    /// rotation of this node's key.
+    #[arg(long, env = "GAMBESON_PSK_FILE", value_name = "FILE")]
+    pub psk_file: Option<PathBuf>,
+
     /// End at once, as a crash would, at the step of a rotation that this file names
     #[arg(long, value_name = "FILE", hide = true)]
     pub crash_at: Option<PathBuf>,

@@ -29,6 +29,8 @@ fn node(i: u8, transport: Transport) -> Local {
             .map(|network| network.parse().unwrap())
             .into(),
         keys: BTreeMap::from([(Generation::FIRST, PrivateKey::generate().public())]),
+        secrets: BTreeMap::new(),
+        known_secrets: Vec::new(),
         promoted: false,
         endpoints,
         addresses: endpoints,

@@ -45,6 +45,7 @@ fn peer(number: u8, prefixes: impl IntoIterator<Item = u8>) -> (PublicKey, WireG
         endpoint,
         allowed_ips,
         persistent_keepalive: number.is_multiple_of(2).then_some(25),
+        secret: None,
     };
     (PrivateKey::generate().public(), peer)
 }
@@ -171,7 +172,8 @@ pub(crate) fn many_peers(implementation: Implementation) {
             let v6 = format!("fd00:{number:x}::/64").parse().unwrap();
             let endpoint = SocketAddr::from(([192, 0, 2 + high, low], PORT));
             let allowed_ips = BTreeSet::from([v4, v6]);
-            let peer = WireGuardPeer { endpoint, allowed_ips, persistent_keepalive: None };
+            let peer =
+                WireGuardPeer { endpoint, allowed_ips, persistent_keepalive: None, secret: None };
             (PrivateKey::generate().public(), peer)
         });
         let (large, mut owner) = peer(0, []);

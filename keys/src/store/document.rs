@@ -1,6 +1,7 @@
 //! The JSON in the key file: `{"schema":1,"request":"...","revoke":true,"keys":[{"generation":0,
 //! "made":0,"private-key":"..."}]}`. `request` is what the newest key answers, and `revoke` says
-//! that older ones go at once; `made` is in seconds since the Unix epoch. Each may be missing.
+//! that older ones go at once; `made` is in seconds since the Unix epoch; `secrets` are the
+//! cluster's, and `secret` of a key is which of them. Each may be missing.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +12,7 @@ use zeroize::Zeroizing;
 
 use crate::key::ENCODED;
 use crate::ring::Entry as Key;
-use crate::{Answer, Generation, KeyRing, PrivateKey};
+use crate::{Answer, ClusterSecret, Generation, KeyRing, PrivateKey, SecretId, Secrets};
 
 const SCHEMA: u32 = 1;
 
@@ -26,6 +27,8 @@ struct Document<'a> {
     request: Option<String>,
     #[serde(default, skip_serializing_if = "is_false")]
     revoke: bool,
+    #[serde(borrow, default, skip_serializing_if = "Vec::is_empty")]
+    secrets: Vec<&'a str>,
     #[serde(borrow)]
     keys: Vec<Entry<'a>>,
 }
@@ -37,6 +40,8 @@ struct Entry<'a> {
     generation: Generation,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     made: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    secret: Option<SecretId>,
     private_key: &'a str,
 }
 
@@ -60,37 +65,60 @@ pub(super) fn parse(bytes: &[u8]) -> Result<KeyRing, String> {
         let generation = entry.generation;
         let key = PrivateKey::decode(entry.private_key)
             .ok_or_else(|| format!("the key of generation {generation} is not one"))?;
-        if keys.insert(generation, Key { key, made: entry.made }).is_some() {
+        if keys.insert(generation, Key { key, made: entry.made, secret: entry.secret }).is_some() {
             return Err(format!("generation {generation} is there twice"));
         }
     }
-    KeyRing::from_parts(keys, answer).ok_or_else(|| "it holds no key".to_owned())
+    let secrets: Option<Vec<_>> = document.secrets.into_iter().map(ClusterSecret::decode).collect();
+    let secrets = Secrets::new(secrets.ok_or_else(|| "a secret in it is not one".to_owned())?);
+    let unknown = keys.values().filter_map(|key| key.secret).find(|id| secrets.get(*id).is_none());
+    if let Some(id) = unknown {
+        return Err(format!("the secret {id}, of which a key speaks, is missing"));
+    }
+    KeyRing::from_parts(keys, answer, secrets).ok_or_else(|| "it holds no key".to_owned())
+}
+
+/// 32 bytes in base64.
+type Text = Zeroizing<[u8; ENCODED]>;
+
+fn encoded(bytes: &[u8; 32]) -> Text {
+    let mut text = Zeroizing::new([b'='; ENCODED]);
+    // 32 bytes always fill 44 characters exactly; were it otherwise, the check on reading back
+    // would refuse the text.
+    let _ = STANDARD.encode_slice(bytes, text.as_mut());
+    text
+}
+
+fn as_str(text: &Text) -> &str {
+    std::str::from_utf8(text.as_ref()).unwrap_or_default()
 }
 
 /// The document for these keys.
 pub(super) fn render<'a>(
     keys: impl Iterator<Item = (Generation, &'a Key)>,
-    answer: &Answer,
+    (answer, secrets): (&Answer, &Secrets),
 ) -> Result<Zeroizing<Vec<u8>>, serde_json::Error> {
-    let keys: Vec<(Generation, Option<u64>, Zeroizing<[u8; ENCODED]>)> = keys
-        .map(|(generation, Key { key, made })| {
-            let mut text = Zeroizing::new([b'='; ENCODED]);
-            // 32 bytes always fill 44 characters exactly; were it otherwise, the check on
-            // reading back would refuse the text.
-            let _ = STANDARD.encode_slice(key.as_bytes(), text.as_mut());
-            (generation, *made, text)
-        })
-        .collect();
-    let entries = keys.iter().map(|(generation, made, text)| Entry {
+    let keys: Vec<(Generation, &Key, Text)> =
+        keys.map(|(generation, key)| (generation, key, encoded(key.key.as_bytes()))).collect();
+    let entries = keys.iter().map(|(generation, key, text)| Entry {
         generation: *generation,
-        made: *made,
-        private_key: std::str::from_utf8(text.as_ref()).unwrap_or_default(),
+        made: key.made,
+        secret: key.secret,
+        private_key: as_str(text),
     });
+    let secrets: Vec<Text> = secrets.iter().map(|secret| encoded(secret.as_bytes())).collect();
     // Room for all of it, because a buffer that grows leaves copies of the secret behind. Each
     // byte of the request takes six at most, as a control character.
-    let room = ENTRY * (keys.len() + 1) + 6 * answer.request.as_ref().map_or(0, String::len);
+    let room = ENTRY * (keys.len() + secrets.len() + 1)
+        + 6 * answer.request.as_ref().map_or(0, String::len);
     let Answer { request, revoke } = answer.clone();
-    let document = Document { schema: SCHEMA, request, revoke, keys: entries.collect() };
+    let document = Document {
+        schema: SCHEMA,
+        request,
+        revoke,
+        secrets: secrets.iter().map(as_str).collect(),
+        keys: entries.collect(),
+    };
     let mut bytes = Zeroizing::new(Vec::with_capacity(room));
     serde_json::to_writer(&mut *bytes, &document)?;
     bytes.push(b'\n');
@@ -103,16 +131,18 @@ mod tests {
 
     #[test]
     fn several_generations_are_read_back() {
-        let keys = (6..8).map(|n| (Generation::new(n), Key::generate())).collect();
+        let keys = (6..8).map(|n| (Generation::new(n), Key::generate(None))).collect();
         let request = Some("\u{1}".repeat(256));
         let answer = Answer { request, revoke: true };
-        let ring = KeyRing::from_parts(keys, answer.clone()).unwrap();
-        let bytes = render(ring.iter(), ring.answer()).unwrap();
-        assert!(bytes.len() < ENTRY * 3 + 6 * 256);
+        let secret = "dwdtCnMYpX08FsFyUbJmRd9ML4frwJkqsXf7pR25LCo=";
+        let secrets = Secrets::new([ClusterSecret::parse(secret).unwrap()]);
+        let ring = KeyRing::from_parts(keys, answer.clone(), secrets.clone()).unwrap();
+        let bytes = render(ring.iter(), (ring.answer(), ring.secrets())).unwrap();
+        assert!(bytes.len() < ENTRY * 4 + 6 * 256);
         let read = parse(&bytes).unwrap();
         assert_eq!(read.publics(), ring.publics());
         assert_eq!(read.newest(), Generation::new(7));
-        assert_eq!(read.answer(), &answer);
+        assert_eq!((read.answer(), read.secrets()), (&answer, &secrets));
         assert!(read.age(std::time::SystemTime::now()).unwrap().as_secs() < 60);
         assert!(read.private(Generation::new(7)).is_some());
         assert!(read.private(Generation::new(8)).is_none());

@@ -17,7 +17,7 @@ impl Place {
 
     fn with_key() -> Self {
         let place = Self::new();
-        place.store.create(Generation::FIRST, Answer::default()).unwrap();
+        place.store.create(Generation::FIRST, Answer::default(), None).unwrap();
         place
     }
 
@@ -33,7 +33,7 @@ impl Place {
         let message = error.to_string();
         assert!(message.contains(self.directory().to_str().unwrap()), "{message}");
         assert!(message.contains(remedy), "{message}");
-        assert!(self.store.create(Generation::FIRST, Answer::default()).is_err(), "created");
+        assert!(self.store.create(Generation::FIRST, Answer::default(), None).is_err(), "created");
         let after =
             fs::symlink_metadata(self.store.path()).map(|m| (m.ino(), m.len(), m.mtime_nsec()));
         assert_eq!(before.ok(), after.ok());
@@ -49,7 +49,7 @@ fn chmod(path: &Path, mode: u32) {
 fn a_created_key_is_loaded_again() {
     let place = Place::new();
     assert!(place.store.load().unwrap().is_none());
-    let made = place.store.create(Generation::new(7), Answer::default()).unwrap();
+    let made = place.store.create(Generation::new(7), Answer::default(), None).unwrap();
     let loaded = place.store.load().unwrap().unwrap();
     assert_eq!(loaded.publics(), made.publics());
     assert_eq!(loaded.newest(), Generation::new(7));
@@ -64,7 +64,7 @@ fn a_created_key_is_loaded_again() {
 fn an_existing_key_is_never_replaced() {
     let place = Place::with_key();
     let before = fs::read(place.store.path()).unwrap();
-    let error = place.store.create(Generation::new(1), Answer::default()).unwrap_err();
+    let error = place.store.create(Generation::new(1), Answer::default(), None).unwrap_err();
     assert!(matches!(error, KeyStoreError::Exists { .. }));
     assert_eq!(fs::read(place.store.path()).unwrap(), before);
 }
@@ -77,7 +77,7 @@ fn a_leftover_of_a_crash_is_no_key_and_no_obstacle() {
     let leftover = place.directory().join(".keys.json.tmp");
     fs::write(&leftover, "half").unwrap();
     assert!(place.store.load().unwrap().is_none());
-    place.store.create(Generation::FIRST, Answer::default()).unwrap();
+    place.store.create(Generation::FIRST, Answer::default(), None).unwrap();
     assert!(place.store.load().unwrap().is_some());
     assert!(!leftover.exists());
 }
@@ -89,7 +89,7 @@ fn a_planted_link_in_place_of_the_temporary_is_not_written_through() {
     chmod(place.directory(), 0o700);
     let elsewhere = place.directory().join("elsewhere");
     symlink(&elsewhere, place.directory().join(".keys.json.tmp")).unwrap();
-    place.store.create(Generation::FIRST, Answer::default()).unwrap();
+    place.store.create(Generation::FIRST, Answer::default(), None).unwrap();
     assert!(!elsewhere.exists());
 }
 
@@ -175,7 +175,7 @@ fn a_foreign_file_or_directory_is_refused() {
     let stranger = KeyStore { path: place.store.path().to_owned(), owner: other };
     let error = stranger.load().unwrap_err();
     assert!(matches!(error, KeyStoreError::DirectoryOwner { .. }), "{error}");
-    assert!(stranger.create(Generation::FIRST, Answer::default()).is_err());
+    assert!(stranger.create(Generation::FIRST, Answer::default(), None).is_err());
     let file = File::open(place.store.path()).unwrap();
     let error = stranger.check_file(&file).unwrap_err();
     assert!(matches!(error, KeyStoreError::Owner { .. }), "{error}");
@@ -204,7 +204,7 @@ fn a_directory_that_others_can_only_read_is_closed_for_the_first_key() {
     fs::create_dir(place.directory()).unwrap();
     chmod(place.directory(), 0o755);
     assert!(place.store.load().unwrap().is_none());
-    place.store.create(Generation::FIRST, Answer::default()).unwrap();
+    place.store.create(Generation::FIRST, Answer::default(), None).unwrap();
     assert_eq!(fs::metadata(place.directory()).unwrap().mode() & 0o7777, 0o700);
     assert!(place.store.load().unwrap().is_some());
 }
@@ -232,7 +232,7 @@ fn a_failed_write_leaves_nothing_behind() {
     // A directory in place of the temporary cannot be removed as a file is.
     let obstacle = place.directory().join(".keys.json.tmp");
     fs::create_dir(&obstacle).unwrap();
-    let error = place.store.create(Generation::FIRST, Answer::default()).unwrap_err();
+    let error = place.store.create(Generation::FIRST, Answer::default(), None).unwrap_err();
     assert!(matches!(error, KeyStoreError::Write { .. }), "{error}");
     assert!(place.store.load().unwrap().is_none());
 }
@@ -244,9 +244,9 @@ fn request(text: &str) -> Answer {
 #[test]
 fn a_rotation_has_two_keys_on_disk_and_leaves_nothing_of_the_old_one() {
     let place = Place::new();
-    let mut ring = place.store.create(Generation::new(6), request("before")).unwrap();
+    let mut ring = place.store.create(Generation::new(6), request("before"), None).unwrap();
     let old = ring.private(Generation::new(6)).unwrap().as_bytes().to_owned();
-    place.store.add_next(&mut ring, request("now")).unwrap();
+    place.store.add_next(&mut ring, request("now"), None).unwrap();
     for ring in [&ring, &place.store.load().unwrap().unwrap()] {
         assert_eq!(ring.publics().into_keys().map(Generation::number).collect::<Vec<_>>(), [6, 7]);
         assert_eq!((ring.newest().number(), ring.answer()), (7, &request("now")));
@@ -263,17 +263,40 @@ fn a_rotation_has_two_keys_on_disk_and_leaves_nothing_of_the_old_one() {
         assert_eq!(ring.answer(), &request("now"));
     }
     // Two at most, whatever happens.
-    place.store.add_next(&mut ring, Answer::default()).unwrap();
-    place.store.add_next(&mut ring, Answer::default()).unwrap();
+    place.store.add_next(&mut ring, Answer::default(), None).unwrap();
+    place.store.add_next(&mut ring, Answer::default(), None).unwrap();
     assert_eq!(place.store.load().unwrap().unwrap().publics().len(), 2);
 }
 
 #[test]
 fn a_key_that_cannot_be_written_is_not_used() {
     let place = Place::new();
-    let mut ring = place.store.create(Generation::FIRST, Answer::default()).unwrap();
+    let mut ring = place.store.create(Generation::FIRST, Answer::default(), None).unwrap();
     let before = ring.publics();
     let elsewhere = KeyStore::at("/proc/gambeson/keys.json");
-    assert!(elsewhere.add_next(&mut ring, request("now")).is_err());
+    assert!(elsewhere.add_next(&mut ring, request("now"), None).is_err());
     assert_eq!((&ring.publics(), ring.answer()), (&before, &Answer::default()));
+}
+
+#[test]
+fn a_key_is_bound_to_a_secret_and_the_one_before_is_kept_until_it_is_forgotten() {
+    let place = Place::new();
+    let secret = |byte: char| ClusterSecret::parse(&format!("{}=", byte.to_string().repeat(43)));
+    let [one, two, three] = ['A', 'E', 'I'].map(|byte| secret(byte).unwrap());
+    let mut ring = place.store.create(Generation::FIRST, Answer::default(), None).unwrap();
+    for (secret, known) in [
+        (&one, vec![&one]),
+        (&two, vec![&one, &two]),
+        (&two, vec![&one, &two]),
+        (&three, vec![&two, &three]),
+    ] {
+        place.store.add_next(&mut ring, Answer::default(), Some(secret.clone())).unwrap();
+        place.store.retire_older(&mut ring).unwrap();
+        for ring in [&ring, &place.store.load().unwrap().unwrap()] {
+            assert_eq!(ring.secrets().iter().collect::<Vec<_>>(), known);
+            assert_eq!(ring.secret_ids().values().collect::<Vec<_>>(), [&secret.id()]);
+        }
+    }
+    place.store.forget_older_secrets(&mut ring).unwrap();
+    assert_eq!(place.store.load().unwrap().unwrap().secrets(), &Secrets::new([three]));
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use gambeson_keys::PublicKey;
+use gambeson_keys::{Generation, PublicKey, SecretId};
 
 use super::{Local, Node, NodeRecord, Refusal, Transport, annotation, flannel};
 use crate::family::Family;
@@ -26,9 +26,11 @@ impl Local {
     /// must not be there. All of it belongs in one patch, so that no reader sees half.
     pub fn annotations(&self) -> BTreeMap<String, Option<String>> {
         let current = self.current_key();
-        let next = current
-            .and_then(|(generation, _)| generation.next())
-            .and_then(|generation| self.keys.get(&generation));
+        let next_generation = current.and_then(|(generation, _)| generation.next());
+        let next = next_generation.and_then(|generation| self.keys.get(&generation));
+        let secret = |generation: Option<Generation>| {
+            self.secrets.get(&generation?).map(SecretId::to_string)
+        };
         let offered = self.transports.contains(&Transport::Vxlan);
         let mac = |family| self.vteps.get(family).filter(|_| offered).map(|mac| mac.to_string());
         let flannels = self.flannel.map(|kind| flannel::published(self, kind));
@@ -36,6 +38,8 @@ impl Local {
             (annotation::PUBLIC_KEY, current.map(|(_, key)| key.to_string())),
             (annotation::KEY_GENERATION, current.map(|(generation, _)| generation.to_string())),
             (annotation::NEXT_PUBLIC_KEY, next.map(PublicKey::to_string)),
+            (annotation::PSK_ID, secret(current.map(|(generation, _)| generation))),
+            (annotation::NEXT_PSK_ID, secret(next_generation.filter(|_| next.is_some()))),
             (annotation::ENDPOINT, self.endpoints.v4.map(|address| address.to_string())),
             (annotation::ENDPOINT_V6, self.endpoints.v6.map(|address| address.to_string())),
             (annotation::PORT, Some(self.port.to_string())),

@@ -6,6 +6,10 @@ pub const PUBLIC_KEY: &str = "public-key";
 pub const KEY_GENERATION: &str = "key-generation";
 /// Key of the next generation, only during a rotation.
 pub const NEXT_PUBLIC_KEY: &str = "next-public-key";
+/// Which of the cluster's secrets is in preshared keys of sessions of [`PUBLIC_KEY`].
+pub const PSK_ID: &str = "psk-id";
+/// The same of [`NEXT_PUBLIC_KEY`].
+pub const NEXT_PSK_ID: &str = "next-psk-id";
 /// IPv4 address that other nodes send to.
 pub const ENDPOINT: &str = "endpoint";
 /// IPv6 address that other nodes send to.

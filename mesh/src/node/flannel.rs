@@ -74,6 +74,8 @@ pub(super) fn parse(record: &NodeRecord, local: &Local) -> Result<Node, Refusal>
         generation: Generation::FIRST,
         public_key: None,
         next_public_key: None,
+        secret: None,
+        next_secret: None,
         endpoints: endpoints(&values, local)?,
         port: local.port,
         transports: BTreeSet::from([kind]),

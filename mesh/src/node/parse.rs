@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
-use gambeson_keys::{Generation, PublicKey};
+use gambeson_keys::{Generation, PublicKey, SecretId, SecretIdError};
 use ipnet::IpNet;
 
 use super::{
@@ -49,6 +49,8 @@ impl Node {
             generation,
             public_key: Some(public_key),
             next_public_key: values.next_public_key(generation, public_key)?,
+            secret: values.secret(annotation::PSK_ID)?,
+            next_secret: values.secret(annotation::NEXT_PSK_ID)?,
             endpoints: values.endpoints(&local.cluster_networks, &mut ignored)?,
             port: values.port()?,
             transports: values.transports()?,
@@ -201,6 +203,16 @@ impl<'a> Values<'a> {
                 Err(Refusal::Key { annotation: self.key(annotation), value: excerpt(text), source })
             }
         }
+    }
+
+    fn secret(&self, annotation: &'static str) -> Result<Option<SecretId>, Refusal> {
+        let Some(text) = self.text(annotation)? else { return Ok(None) };
+        let id = text.parse().map_err(|SecretIdError| Refusal::Value {
+            annotation: self.key(annotation),
+            value: excerpt(text),
+            problem: "not 16 hexadecimal digits",
+        })?;
+        Ok(Some(id))
     }
 
     fn next_public_key(

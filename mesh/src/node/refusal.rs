@@ -24,6 +24,11 @@ pub enum Refusal {
          delete the Node to make it leave the mesh"
     )]
     KeyGone,
+    /// Its sessions would have no preshared key, and this node's have one.
+    #[error(
+        "has no preshared key, as this node has: give its agent the --psk-file that the others have"
+    )]
+    NoPresharedKey,
     /// `spec.podCIDRs` is empty.
     #[error("has no pod CIDR yet: kube-controller-manager assigns one with --allocate-node-cidrs")]
     NoPodCidr,

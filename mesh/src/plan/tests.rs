@@ -5,7 +5,7 @@ use super::*;
 use crate::desired::{Implementation, LinkKind, NextHop};
 use crate::fixtures::{key, local, net, record, records};
 use crate::node::{Local, NodeRecord};
-use crate::observed::ObservedLink;
+use crate::observed::{ObservedLink, Preshared};
 use crate::sim;
 use crate::topology::Topology;
 use crate::transport::{self, Paths};
@@ -155,10 +155,10 @@ fn a_device_that_lost_its_alias_and_is_known_gets_it_back_before_anything_else()
 fn a_foreign_mark_or_preshared_key_is_taken_away() {
     let (desired, mut observed) = settled();
     first_state(&mut observed).fwmark = 1;
-    first_state(&mut observed).peers.get_mut(&key(2)).unwrap().preshared_key = true;
+    first_state(&mut observed).peers.get_mut(&key(2)).unwrap().preshared = Preshared::Foreign;
     let actions = plan(&desired, &observed);
     let [Action::ConfigureWireGuard { change, .. }] = &actions[..] else { panic!("{actions:?}") };
-    let peer = PeerChange { clear_preshared_key: true, ..PeerChange::default() };
+    let peer = PeerChange { preshared_key: Some(None), ..PeerChange::default() };
     let set_peers = [(key(2), peer)].into();
     assert!(!is_configured(&desired.devices[&device(0)], first_state(&mut observed)));
     let expected = WireGuardChange { clear_fwmark: true, set_peers, ..WireGuardChange::default() };

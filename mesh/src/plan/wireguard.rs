@@ -7,7 +7,7 @@ use gambeson_keys::PublicKey;
 use super::{PeerChange, WireGuardChange};
 use crate::desired::{WireGuardDevice, WireGuardPeer};
 use crate::health::REJECT_AFTER;
-use crate::observed::{ObservedPeer, ObservedWireGuard};
+use crate::observed::{ObservedPeer, ObservedWireGuard, Preshared};
 
 /// What to set: key, port, and peers that are new or different.
 pub(super) fn additions(
@@ -64,7 +64,12 @@ fn peer_change(desired: &WireGuardPeer, observed: Option<&ObservedPeer>) -> Opti
     if peer.persistent_keepalive.unwrap_or(0) != keepalive {
         change.persistent_keepalive = Some(keepalive);
     }
-    change.clear_preshared_key = peer.preshared_key;
+    let is_set = match (desired.secret, peer.preshared) {
+        (None, Preshared::None) => true,
+        (Some(wanted), Preshared::Of(secret)) => wanted == secret,
+        _ => false,
+    };
+    change.preshared_key = (!is_set).then_some(desired.secret);
     (observed.is_none() || !change.is_empty()).then_some(change)
 }
 

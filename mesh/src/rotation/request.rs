@@ -18,6 +18,8 @@ pub enum Cause {
     Request,
     /// The key is as old as it may get.
     Age,
+    /// The cluster has another secret for preshared keys.
+    Secret,
     /// An older version of this program serves its devices.
     Upgrade,
 }

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use gambeson_keys::SecretId;
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use super::{Step, Wait};
+use crate::observed::Preshared;
 
 mod world;
 
@@ -127,6 +129,25 @@ fn a_revocation_ends_a_rotation_and_begins_another() {
     world.run_until(SOON, |world| world.has_settled(0, 3));
 }
 
+/// The file with the secret reaches the nodes at any time, and twice.
+#[test]
+fn another_secret_takes_other_keys_and_loses_nothing() {
+    let mut world = calm(&[0, 0, 0]);
+    for (round, secret) in (1..).zip([[1; 8], [2; 8], [3; 8]].map(SecretId::from_bytes)) {
+        for node in [2, 0, 1] {
+            world.machines[node].secret = Some(secret);
+            world.run(Duration::from_millis(800 * node as u64));
+        }
+        world.run_until(SOON, |world| (0..3).all(|node| world.has_settled(node, round)));
+        for machine in &world.machines {
+            let devices =
+                machine.observed.links.values().filter_map(|link| link.wireguard.as_ref());
+            let peers = devices.flat_map(|device| device.peers.values());
+            assert!(peers.map(|peer| peer.preshared).all(|it| it == Preshared::Of(secret)));
+        }
+    }
+}
+
 #[test]
 fn a_schedule_spreads_the_nodes_over_its_last_tenth() {
     let every = Duration::from_secs(90 * 86_400);
@@ -158,6 +179,10 @@ proptest! {
                 let node = round % generations.len();
                 world.request(node, &format!("{round}"));
             }
+            if world.chance(30) {
+                let node = (round / 2) % generations.len();
+                world.machines[node].secret = Some(SecretId::from_bytes([7; 8]));
+            }
             if world.chance(25) {
                 let node = (round / 3) % generations.len();
                 world.machines[node].api = !world.machines[node].api;
@@ -165,8 +190,10 @@ proptest! {
             world.tick();
         }
         world.odds = Odds::default();
+        let secret = world.machines.iter().find_map(|machine| machine.secret);
         for machine in &mut world.machines {
             machine.api = true;
+            machine.secret = secret;
         }
         let settled = |world: &World| (0..world.machines.len()).all(|node| {
             let machine = &world.machines[node];

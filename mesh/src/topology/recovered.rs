@@ -5,14 +5,14 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use gambeson_keys::{Generation, PublicKey};
+use gambeson_keys::{Generation, PublicKey, SecretId};
 use ipnet::IpNet;
 
 use crate::NodeName;
 use crate::desired::{NextHop, PEER_ROUTE_METRIC, RouteKey};
 use crate::node::{DEFAULT_PORT, Endpoints, Local, Node, NodeRecord, Transport, Vteps};
 use crate::node::{annotation, pod_cidrs};
-use crate::observed::{Observed, ObservedPeer};
+use crate::observed::{Observed, ObservedPeer, Preshared};
 use crate::session::Session;
 
 /// Longest text that is tried as a key or an address, in bytes.
@@ -29,6 +29,7 @@ pub(super) struct Recovered {
     pod_cidrs: BTreeSet<IpNet>,
     endpoint: SocketAddr,
     persistent_keepalive: Option<u16>,
+    secret: Option<SecretId>,
     /// Of its routes, in bytes.
     mtu: Option<u32>,
 }
@@ -50,6 +51,10 @@ pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
                 pod_cidrs: peer.allowed_ips.clone(),
                 endpoint,
                 persistent_keepalive: peer.persistent_keepalive,
+                secret: match peer.preshared {
+                    Preshared::Of(secret) => Some(secret),
+                    Preshared::None | Preshared::Foreign => None,
+                },
                 mtu: routes.iter().filter_map(|route| route.mtu).min(),
             };
             let known = found.remove(&peer.allowed_ips);
@@ -208,6 +213,8 @@ impl Recovered {
             generation: Generation::new(generation.into()),
             public_key: Some(public_key),
             next_public_key,
+            secret: self.secret,
+            next_secret: self.secret,
             endpoints,
             port: self.session.reversed().base_port(port).unwrap_or(DEFAULT_PORT),
             transports: BTreeSet::from([Transport::Wireguard]),

@@ -15,6 +15,7 @@ use crate::desired::{
 };
 use crate::live::{self, Pair};
 use crate::node::{Local, Node, Transport};
+use crate::preshared;
 use crate::session::Session;
 use crate::topology::Mesh;
 
@@ -42,6 +43,7 @@ pub(super) fn admit(
     for (keys, key) in live::sessions(local, node) {
         let session = Session::between(keys.own, keys.theirs);
         let Some(mut peer) = peer(mesh, local, node, session) else { continue };
+        peer.secret = preshared::of_session(local, node, (keys.own, keys.theirs));
         match Some(keys).cmp(&used) {
             Ordering::Greater => peer.persistent_keepalive = Some(PROVOKING),
             Ordering::Equal if provoke => peer.persistent_keepalive = Some(PROVOKING),
@@ -97,6 +99,7 @@ fn peer(mesh: &Mesh, local: &Local, node: &Node, session: Session) -> Option<Wir
         endpoint: SocketAddr::new(address, port),
         allowed_ips: node.pod_cidrs.clone(),
         persistent_keepalive: keepalives.into_iter().flatten().min(),
+        secret: None,
     })
 }
 

@@ -1,9 +1,10 @@
 //! `Node + options + key store + host -> Inputs`: what a pass works on, or what it waits for.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::net::IpAddr;
 
-use gambeson_keys::{Answer, Generation, KeyRing};
+use gambeson_keys::{Answer, ClusterSecret, Generation, KeyRing};
 use gambeson_mesh::NodeName;
 use gambeson_mesh::desired::{Implementation, LinkKind};
 use gambeson_mesh::family::Family;
@@ -14,6 +15,7 @@ use gambeson_mesh::observed::Observed;
 use gambeson_mesh::rotation::requested;
 use ipnet::IpNet;
 use tracing::info;
+use zeroize::Zeroizing;
 
 use super::{NO_LIST, Pass, Reconciler};
 use crate::agent::words::chain;
@@ -66,6 +68,12 @@ impl Reconciler {
             Err(problem) => return Ok(Err(format!("an underlay interface: {problem}"))),
         };
         let underlay = underlay.reached_at(&self.published_addresses(&own, store));
+        if let Err(problem) = self.read_secret() {
+            if self.keys.is_none() {
+                return Ok(Err(format!("the secret of --psk-file: {problem}")));
+            }
+            pass.problems.push(format!("{problem}; keeping the secret that this node has"));
+        }
         self.ensure_key(&own, pass)?;
         let local = self.local(node, cidrs, &underlay);
         Ok(Ok(Inputs { own: Some(own), local, underlay }))
@@ -143,6 +151,18 @@ impl Reconciler {
         }
     }
 
+    /// Reads --psk-file, if there is to be one.
+    fn read_secret(&mut self) -> Result<(), String> {
+        let Some(file) = &self.config.psk_file else { return Ok(()) };
+        let text = fs::read_to_string(file).map(Zeroizing::new);
+        let text = text.map_err(|error| format!("cannot read {}: {error}", file.display()))?;
+        let secret = ClusterSecret::parse(&text).map_err(|error| {
+            format!("{} has no secret for preshared keys: {error}", file.display())
+        })?;
+        self.secret = Some(secret);
+        Ok(())
+    }
+
     /// Makes this node's first key once its Node tells from which generation on.
     fn ensure_key(&mut self, own: &NodeRecord, pass: &mut Pass) -> Result<(), AgentError> {
         let published = own
@@ -156,12 +176,13 @@ impl Reconciler {
                 let answer = Answer { request, revoke: false };
                 // The store is gone, but peers remember the generation: it never goes back.
                 let first = published.and_then(Generation::next).unwrap_or(Generation::FIRST);
-                let keys = self.key_store.create(first, answer)?;
+                let keys = self.key_store.create(first, answer, self.secret.clone())?;
                 info!(
                     generation = first.number(),
                     file = %self.key_store.path().display(),
                     "made a key"
                 );
+                self.kernel.set_secrets(keys.secrets());
                 self.keys = Some(keys);
             }
             (Some(keys), Some(published)) if published > keys.newest() => {
@@ -196,6 +217,8 @@ impl Reconciler {
             pod_cidrs,
             cluster_networks: config.cluster_networks.clone(),
             keys: self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::publics),
+            secrets: self.keys.as_ref().map_or_else(BTreeMap::new, KeyRing::secret_ids),
+            known_secrets: self.secrets().iter().map(ClusterSecret::id).collect(),
             promoted: false,
             endpoints: underlay.endpoints,
             addresses: underlay.addresses,

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use gambeson_keys::{Answer, KeyRing};
+use gambeson_keys::{Answer, ClusterSecret, KeyRing, SecretId};
 use gambeson_mesh::live::Pairs;
 use gambeson_mesh::node::{Local, NodeRecord};
 use gambeson_mesh::observed::Observed;
@@ -39,6 +39,9 @@ impl Reconciler {
         let answer = keys.answer().clone();
         let due = self.config.rotate_every.filter(|every| is_old(keys, *every));
         let due = due.map(|_| Cause::Age).or(outdated.then_some(Cause::Upgrade));
+        let bound = keys.secret_ids().get(&keys.newest()).copied();
+        let given = self.secret.as_ref().map(ClusterSecret::id);
+        let due = if given.is_some() && given != bound { Some(Cause::Secret) } else { due };
         let (answered, revoke) = (answer.request.as_deref(), answer.revoke);
         let sight = Sight { mesh, local, pairs, observed, own, answered, revoke, due, now };
         let task = self.rotation.follow(&sight);
@@ -49,11 +52,17 @@ impl Reconciler {
         }
         let mut next_step = None;
         let changed = match task {
+            Task::None if has_done_with_older_secrets(keys, mesh, local) => {
+                self.key_store.forget_older_secrets(keys)
+            }
             Task::None => Ok(()),
             Task::Add(request) => {
                 let old = keys.newest();
                 let Request { cause, text, revoke } = request;
-                let added = self.key_store.add_next(keys, Answer { request: text.clone(), revoke });
+                let kept = bound.and_then(|id| keys.secrets().get(id)).cloned();
+                let secret = self.secret.clone().or(kept);
+                let answer = Answer { request: text.clone(), revoke };
+                let added = self.key_store.add_next(keys, answer, secret);
                 if added.is_ok() {
                     crash_at(crash_file, "keep");
                     next_step = Some("stage");
@@ -79,6 +88,9 @@ impl Reconciler {
         if let Err(error) = changed {
             pass.problems.push(chain(&error));
         }
+        self.kernel.set_secrets(keys.secrets());
+        local.secrets = keys.secret_ids();
+        local.known_secrets = keys.secrets().iter().map(ClusterSecret::id).collect();
         local.keys = keys.publics();
         local.promoted = local.keys.len() > 1 && self.rotation.is_promoted();
         probe(probes).await;
@@ -125,10 +137,20 @@ fn is_old(keys: &KeyRing, every: Duration) -> bool {
     keys.age(SystemTime::now()).is_none_or(|age| age >= due_at(every, key))
 }
 
+/// Whether no key, this node's or another's, is bound to another secret than the newest.
+fn has_done_with_older_secrets(keys: &KeyRing, mesh: &Mesh, local: &Local) -> bool {
+    let Some(newest) = keys.secret_ids().get(&keys.newest()).copied() else { return false };
+    let is_newest = |secret: Option<SecretId>| secret.is_none_or(|secret| secret == newest);
+    keys.secrets().iter().count() > 1
+        && local.secrets.values().all(|secret| *secret == newest)
+        && mesh.peers.values().all(|node| is_newest(node.secret) && is_newest(node.next_secret))
+}
+
 fn cause_name(cause: Cause) -> &'static str {
     match cause {
         Cause::Request => "request",
         Cause::Age => "age",
+        Cause::Secret => "psk-file",
         Cause::Upgrade => "upgrade",
     }
 }

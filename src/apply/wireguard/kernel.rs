@@ -15,16 +15,16 @@ use wireguard_control::{
     Backend, Device, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder, PeerInfo,
 };
 
-use super::{PeerEntry, Update, age, invalid, public_key};
+use super::{Found, PeerEntry, Update, age, invalid, preshared_key, public_key};
 use crate::apply::ApplyError;
 
 /// Peers in one request. It is split into messages below this.
 const PEERS_PER_REQUEST: usize = 128;
 
-pub(super) async fn read(device: DeviceName) -> Result<Option<ObservedWireGuard>, ApplyError> {
+pub(super) async fn read(device: DeviceName) -> Result<Option<Found>, ApplyError> {
     let name = interface(device).map_err(|source| ApplyError::ReadWireGuard { device, source })?;
     match blocking(move || Device::get(&name, Backend::Kernel)).await {
-        Ok(found) => Ok(Some(state_of(&found, SystemTime::now()))),
+        Ok(device) => Ok(Some(found(&device, SystemTime::now()))),
         // The link went since it was seen.
         Err(error) if matches!(error.raw_os_error(), Some(ENODEV | EOPNOTSUPP)) => Ok(None),
         Err(source) => Err(ApplyError::ReadWireGuard { device, source }),
@@ -61,8 +61,8 @@ fn builder(peer: &PeerEntry) -> PeerConfigBuilder {
     if let Some(seconds) = peer.persistent_keepalive {
         builder = builder.set_persistent_keepalive_interval(seconds);
     }
-    if peer.clear_preshared_key {
-        builder = builder.unset_preshared_key();
+    if let Some(key) = &peer.preshared_key {
+        builder = builder.set_preshared_key(Key(**key));
     }
     for network in &peer.add_allowed_ips {
         builder = builder.add_allowed_ip(network.addr(), network.prefix_len());
@@ -70,13 +70,18 @@ fn builder(peer: &PeerEntry) -> PeerConfigBuilder {
     if peer.remove { builder.remove() } else { builder }
 }
 
-fn state_of(found: &Device, now: SystemTime) -> ObservedWireGuard {
-    ObservedWireGuard {
-        public_key: found.public_key.as_ref().and_then(|key| public_key(key.as_bytes())),
-        listen_port: found.listen_port.unwrap_or(0),
-        fwmark: found.fwmark.unwrap_or(0),
-        peers: merge_peers(&found.peers, now),
-    }
+fn found(device: &Device, now: SystemTime) -> Found {
+    let state = ObservedWireGuard {
+        public_key: device.public_key.as_ref().and_then(|key| public_key(key.as_bytes())),
+        listen_port: device.listen_port.unwrap_or(0),
+        fwmark: device.fwmark.unwrap_or(0),
+        peers: merge_peers(&device.peers, now),
+    };
+    let preshared_keys = device.peers.iter().filter_map(|peer| {
+        let preshared = preshared_key(&peer.config.preshared_key.as_ref()?.0)?;
+        Some((public_key(peer.config.public_key.as_bytes())?, preshared))
+    });
+    Found { state, preshared_keys: preshared_keys.collect() }
 }
 
 /// Each peer once. The kernel repeats a peer whose prefixes do not fit in one message, with
@@ -100,8 +105,6 @@ fn peer_of(peer: &PeerInfo, now: SystemTime) -> ObservedPeer {
     ObservedPeer {
         endpoint: peer.config.endpoint,
         persistent_keepalive: peer.config.persistent_keepalive_interval.filter(|s| *s != 0),
-        // Of none, the kernel says that it is all zero.
-        preshared_key: peer.config.preshared_key.as_ref().is_some_and(|key| key.0 != [0; 32]),
         handshake_age: peer.stats.last_handshake_time.map(|time| age(time, now)),
         rx_bytes: peer.stats.rx_bytes,
         tx_bytes: peer.stats.tx_bytes,

@@ -12,16 +12,17 @@ mod process;
 mod tests;
 mod userspace;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 
-use gambeson_keys::{KeyRing, PrivateKey, PublicKey};
+use gambeson_keys::{KeyRing, PrivateKey, PublicKey, Secrets};
 use gambeson_mesh::desired::Implementation;
-use gambeson_mesh::observed::ObservedWireGuard;
+use gambeson_mesh::observed::{ObservedWireGuard, Preshared};
 use gambeson_mesh::plan::WireGuardChange;
 use gambeson_mesh::session::DeviceName;
 use ipnet::IpNet;
+use zeroize::Zeroizing;
 
 use super::ApplyError;
 
@@ -34,11 +35,39 @@ const PREFIXES_PER_ENTRY: usize = 64;
 pub(super) async fn observe(
     device: DeviceName,
     implementation: Implementation,
+    secrets: &Secrets,
 ) -> Result<Option<ObservedWireGuard>, ApplyError> {
-    match implementation {
-        Implementation::Kernel => kernel::read(device).await,
-        Implementation::Userspace => Ok(userspace::read(device).await),
+    let found = match implementation {
+        Implementation::Kernel => kernel::read(device).await?,
+        Implementation::Userspace => userspace::read(device).await,
+    };
+    Ok(found.map(|found| found.state(secrets)))
+}
+
+/// A device as it was read.
+#[derive(Debug, Default)]
+struct Found {
+    /// In which no preshared key has an origin yet.
+    state: ObservedWireGuard,
+    preshared_keys: BTreeMap<PublicKey, Zeroizing<[u8; 32]>>,
+}
+
+impl Found {
+    /// With what each preshared key was made of.
+    fn state(mut self, secrets: &Secrets) -> ObservedWireGuard {
+        let own = self.state.public_key;
+        for (key, peer) in &mut self.state.peers {
+            let Some(preshared) = self.preshared_keys.get(key) else { continue };
+            let origin = own.and_then(|own| secrets.origin(preshared, &own, key));
+            peer.preshared = origin.map_or(Preshared::Foreign, Preshared::Of);
+        }
+        self.state
     }
+}
+
+/// A preshared key that a device reports; it says that there is none by zeros.
+fn preshared_key(bytes: &[u8; 32]) -> Option<Zeroizing<[u8; 32]>> {
+    bytes.iter().any(|byte| *byte != 0).then(|| Zeroizing::new(*bytes))
 }
 
 /// Changes a device. Peers are added and updated before others are removed.
@@ -48,18 +77,20 @@ pub(super) async fn configure(
     change: &WireGuardChange,
     keys: &KeyRing,
 ) -> Result<(), ApplyError> {
+    let secrets = keys.secrets();
     let key = match change.key {
         None => None,
         Some(generation) => {
             Some(keys.private(generation).ok_or(ApplyError::NoKey { device, generation })?)
         }
     };
-    let current = observe(device, implementation).await?.unwrap_or_default();
+    let current = observe(device, implementation, secrets).await?.unwrap_or_default();
+    let own = key.map(PrivateKey::public).or(current.public_key);
     let update = Update {
         key,
         listen_port: change.listen_port,
         clear_fwmark: change.clear_fwmark,
-        peers: entries(change, &current, rand::random()),
+        peers: entries(change, &current, (own, secrets), rand::random()),
     };
     let result = match implementation {
         Implementation::Kernel => kernel::write(device, &update).await,
@@ -85,7 +116,8 @@ struct PeerEntry {
     key: [u8; 32],
     endpoint: Option<SocketAddr>,
     persistent_keepalive: Option<u16>,
-    clear_preshared_key: bool,
+    /// Zeros for none.
+    preshared_key: Option<Zeroizing<[u8; 32]>>,
     add_allowed_ips: Vec<IpNet>,
     remove: bool,
 }
@@ -96,7 +128,7 @@ impl PeerEntry {
             key,
             endpoint: None,
             persistent_keepalive: None,
-            clear_preshared_key: false,
+            preshared_key: None,
             add_allowed_ips: Vec::new(),
             remove: false,
         }
@@ -112,6 +144,7 @@ impl PeerEntry {
 fn entries(
     change: &WireGuardChange,
     current: &ObservedWireGuard,
+    (own, secrets): (Option<PublicKey>, &Secrets),
     scratch: [u8; 32],
 ) -> Vec<PeerEntry> {
     let nothing = BTreeSet::new();
@@ -121,7 +154,12 @@ fn entries(
         let mut entry = PeerEntry::new(*key.as_bytes());
         entry.endpoint = peer.endpoint;
         entry.persistent_keepalive = peer.persistent_keepalive;
-        entry.clear_preshared_key = peer.clear_preshared_key;
+        entry.preshared_key = peer.preshared_key.map(|secret| {
+            let secret = secret.and_then(|id| secrets.get(id));
+            // A key that is missing is made up for by the next pass, which has it or says why.
+            let made = own.zip(secret).map(|(own, secret)| secret.preshared_key(&own, key));
+            made.unwrap_or_default()
+        });
         let present = current.peers.get(key).map_or(&nothing, |p| &p.allowed_ips);
         let wanted = peer.allowed_ips.as_ref().unwrap_or(present);
         dropped.extend(present.difference(wanted).copied());

@@ -1,11 +1,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
-use gambeson_keys::{PrivateKey, PublicKey};
-use gambeson_mesh::observed::{ObservedPeer, ObservedWireGuard};
+use gambeson_keys::{PrivateKey, PublicKey, Secrets};
+use gambeson_mesh::observed::{ObservedPeer, ObservedWireGuard, Preshared};
 use gambeson_mesh::plan::{PeerChange, WireGuardChange};
 use ipnet::IpNet;
 use proptest::prelude::*;
+use zeroize::Zeroizing;
 
 use super::userspace::{parse, render};
 use super::{PeerEntry, Update, entries};
@@ -95,7 +96,7 @@ proptest! {
         let (before, after) = (owners_of(&from), owners_of(&to));
         let keep: BTreeMap<_, _> =
             before.iter().filter(|(n, o)| after.get(n) == Some(o)).map(|(n, o)| (*n, *o)).collect();
-        let entries = entries(&change, &current, SCRATCH);
+        let entries = entries(&change, &current, (None, &Secrets::default()), SCRATCH);
         prop_assert_eq!(carry_out(&entries, before, &keep), after);
         let scratch_removed = entries.iter().rfind(|e| e.key == SCRATCH).is_none_or(|e| e.remove);
         prop_assert!(scratch_removed);
@@ -125,7 +126,7 @@ fn an_unchanged_peer_keeps_its_prefixes_untouched() {
     };
     let expected =
         PeerEntry { endpoint: Some(endpoint), ..PeerEntry::new(*peer_key(1).as_bytes()) };
-    assert_eq!(entries(&change, &current, SCRATCH), [expected]);
+    assert_eq!(entries(&change, &current, (None, &Secrets::default()), SCRATCH), [expected]);
 }
 
 #[test]
@@ -142,7 +143,8 @@ fn many_prefixes_of_a_peer_are_split() {
         .into(),
         ..Default::default()
     };
-    let entries = entries(&change, &ObservedWireGuard::default(), SCRATCH);
+    let entries =
+        entries(&change, &ObservedWireGuard::default(), (None, &Secrets::default()), SCRATCH);
     assert_eq!(entries.iter().map(|e| e.add_allowed_ips.len()).sum::<usize>(), 201);
     assert!(entries.iter().all(|e| e.add_allowed_ips.len() <= super::PREFIXES_PER_ENTRY));
     assert_eq!(entries.iter().filter(|e| e.persistent_keepalive.is_some()).count(), 1);
@@ -154,7 +156,7 @@ fn a_request_is_written_as_the_protocol_wants() {
     let peer = PeerEntry {
         endpoint: "[2001:db8::1]:51820".parse().ok(),
         persistent_keepalive: Some(0),
-        clear_preshared_key: true,
+        preshared_key: Some(Zeroizing::new([0x0b; 32])),
         add_allowed_ips: vec![prefix(1), "fd00::/64".parse().unwrap()],
         ..PeerEntry::new([0x0a; 32])
     };
@@ -167,7 +169,7 @@ fn a_request_is_written_as_the_protocol_wants() {
          endpoint=[2001:db8::1]:51820\npersistent_keepalive_interval=0\npreshared_key={}\n\
          allowed_ip=10.244.1.0/24\nallowed_ip=fd00::/64\npublic_key={}\nremove=true\n\n",
         "0a".repeat(32),
-        "00".repeat(32),
+        "0b".repeat(32),
         "ff".repeat(32)
     );
     assert_eq!(text, expected);
@@ -191,18 +193,21 @@ fn an_answer_is_read() {
         hex(peer_key(2)),
         "0".repeat(64)
     );
-    let state = parse(&text, now).unwrap();
+    let found = parse(&text, now).unwrap();
+    assert_eq!(*found.preshared_keys[&peer_key(1)], *private.as_bytes());
+    assert_eq!(found.preshared_keys.len(), 1);
+    let state = found.state(&Secrets::default());
     assert_eq!(state.public_key, Some(private.public()));
     assert_eq!((state.listen_port, state.fwmark), (51822, 1));
     let first = &state.peers[&peer_key(1)];
     assert_eq!(first.endpoint, "192.0.2.1:51820".parse().ok());
     assert_eq!(first.handshake_age, Some(Duration::from_millis(9_500)));
     assert_eq!((first.tx_bytes, first.rx_bytes), (7, 8));
-    assert_eq!((first.persistent_keepalive, first.preshared_key), (Some(25), true));
+    assert_eq!((first.persistent_keepalive, first.preshared), (Some(25), Preshared::Foreign));
     assert_eq!(first.allowed_ips, [prefix(1), "fd00::/64".parse().unwrap()].into());
     assert_eq!(state.peers[&peer_key(2)], ObservedPeer::default());
     // A clock that was set back.
-    let early = parse(&text, SystemTime::UNIX_EPOCH).unwrap();
+    let early = parse(&text, SystemTime::UNIX_EPOCH).unwrap().state;
     assert_eq!(early.peers[&peer_key(1)].handshake_age, Some(Duration::ZERO));
 }
 

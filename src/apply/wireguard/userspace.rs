@@ -18,15 +18,15 @@ use tokio::net::UnixStream;
 use tokio::time::timeout;
 
 use super::process::socket;
-use super::{Update, age, invalid, public_key};
+use super::{Found, Update, age, invalid, preshared_key, public_key};
 
 /// A device that takes longer for an answer hangs.
 const ANSWER: Duration = Duration::from_secs(4);
 /// Reads a device, or gives `None` when its process is gone or hangs.
-pub(super) async fn read(device: DeviceName) -> Option<ObservedWireGuard> {
+pub(super) async fn read(device: DeviceName) -> Option<Found> {
     let answer = exchange(device, "get=1\n\n").await;
     match answer.and_then(|text| parse(&text, SystemTime::now())) {
-        Ok(state) => Some(state),
+        Ok(found) => Some(found),
         Err(error) => {
             tracing::debug!(%device, %error, "userspace device does not answer");
             None
@@ -81,8 +81,8 @@ pub(super) fn render(update: &Update<'_>) -> String {
         if let Some(seconds) = peer.persistent_keepalive {
             line("persistent_keepalive_interval", &seconds);
         }
-        if peer.clear_preshared_key {
-            line("preshared_key", &Hex(&[0; 32]));
+        if let Some(key) = &peer.preshared_key {
+            line("preshared_key", &Hex(key));
         }
         for network in &peer.add_allowed_ips {
             line("allowed_ip", network);
@@ -102,8 +102,9 @@ impl std::fmt::Display for Hex<'_> {
 
 /// Reads the answer to `get=1`. Keys that are not known here are left out, as the protocol
 /// demands.
-pub(super) fn parse(text: &str, now: SystemTime) -> io::Result<ObservedWireGuard> {
+pub(super) fn parse(text: &str, now: SystemTime) -> io::Result<Found> {
     let mut state = ObservedWireGuard::default();
+    let mut preshared_keys = BTreeMap::new();
     let mut peers: BTreeMap<PublicKey, (ObservedPeer, Duration)> = BTreeMap::new();
     let mut peer: Option<PublicKey> = None;
     let mut complete = false;
@@ -124,6 +125,11 @@ pub(super) fn parse(text: &str, now: SystemTime) -> io::Result<ObservedWireGuard
                 if let Some(key) = peer {
                     peers.entry(key).or_default();
                 }
+            }
+            "preshared_key" => {
+                let bytes = wireguard_control::Key::from_hex(value)
+                    .map_err(|_| invalid("a key that is not hexadecimal"))?;
+                preshared_keys.extend(peer.zip(preshared_key(&bytes.0)));
             }
             "errno" => {
                 check(value)?;
@@ -147,7 +153,7 @@ pub(super) fn parse(text: &str, now: SystemTime) -> io::Result<ObservedWireGuard
             (key, peer)
         })
         .collect();
-    Ok(state)
+    Ok(Found { state, preshared_keys })
 }
 
 fn peer_line(
@@ -161,7 +167,6 @@ fn peer_line(
         "persistent_keepalive_interval" => {
             peer.persistent_keepalive = Some(number(value)?).filter(|seconds| *seconds != 0);
         }
-        "preshared_key" => peer.preshared_key = value.bytes().any(|digit| digit != b'0'),
         "allowed_ip" => {
             let network: ipnet::IpNet = number(value)?;
             peer.allowed_ips.insert(network.trunc());

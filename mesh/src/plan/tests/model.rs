@@ -10,7 +10,7 @@ use super::*;
 use crate::desired::{RuleStep, Sysctl, VtepTables, Vxlan, VxlanLink};
 use crate::mac::Mac;
 use crate::node::Transport;
-use crate::observed::{ObservedPeer, ObservedWireGuard};
+use crate::observed::{ObservedPeer, ObservedWireGuard, Preshared};
 use crate::topology::Mesh;
 use crate::transport::{self, Paths};
 
@@ -82,7 +82,11 @@ fn any_peer() -> impl Strategy<Value = ObservedPeer> {
                     allowed_ips,
                     persistent_keepalive,
                     handshake_age,
-                    preshared_key: handshake_age.is_some_and(|age| age.as_secs() % 3 == 0),
+                    preshared: match handshake_age.map(|age| age.as_secs() % 3) {
+                        Some(0) => Preshared::Foreign,
+                        Some(1) => Preshared::Of(SecretId::from_bytes([1; 8])),
+                        _ => Preshared::None,
+                    },
                     ..ObservedPeer::default()
                 }
             },
@@ -256,7 +260,7 @@ fn check_reached(desired: &Desired, observed: &Observed) -> Result<(), TestCaseE
             prop_assert_eq!(&reached.allowed_ips, &peer.allowed_ips);
             let keepalive = reached.persistent_keepalive.filter(|seconds| *seconds != 0);
             prop_assert_eq!(keepalive, peer.persistent_keepalive);
-            prop_assert!(!reached.preshared_key);
+            prop_assert_eq!(reached.preshared, Preshared::None);
         }
     }
     Ok(())

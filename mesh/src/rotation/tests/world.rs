@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use gambeson_keys::{Generation, PublicKey};
+use gambeson_keys::{Generation, PublicKey, SecretId};
 use ipnet::IpNet;
 use proptest::prelude::Rng as _;
 use proptest::test_runner::TestRng;
@@ -16,7 +16,7 @@ use crate::live::Liveness;
 use crate::node::{Local, NodeRecord, annotation};
 use crate::observed::{Observed, ObservedPeer};
 use crate::plan::Plan;
-use crate::rotation::{Rotation, Sight, Task};
+use crate::rotation::{Cause, Rotation, Sight, Task};
 use crate::session::DeviceName;
 use crate::sim;
 use crate::topology::Topology;
@@ -46,6 +46,8 @@ pub(super) struct Machine {
     pub(super) own: Local,
     pub(super) answered: Option<String>,
     pub(super) revoke: bool,
+    /// The secret in the node's file.
+    pub(super) secret: Option<SecretId>,
     pub(super) observed: Observed,
     /// Sessions by device and both keys, with a number that both ends have.
     sessions: BTreeMap<(DeviceName, PublicKey, PublicKey), u64>,
@@ -93,6 +95,7 @@ impl Machine {
             own: Local { keys, ..local(number, 0) },
             answered: None,
             revoke: false,
+            secret: None,
             observed: Observed::default(),
             sessions: BTreeMap::new(),
             agent: None,
@@ -127,6 +130,12 @@ impl Machine {
 
     fn peer_mut(&mut self, device: DeviceName, peer: &PublicKey) -> Option<&mut ObservedPeer> {
         self.observed.links.get_mut(&device)?.wireguard.as_mut()?.peers.get_mut(peer)
+    }
+
+    /// The secret that the newest key is bound to.
+    fn bound(&self) -> Option<SecretId> {
+        let newest = self.own.keys.keys().last().unwrap();
+        self.own.secrets.get(newest).copied()
     }
 
     /// Sessions end with their device, its key, or the peer on it.
@@ -280,7 +289,7 @@ impl World {
                 own,
                 answered: machine.answered.as_deref(),
                 revoke: machine.revoke,
-                due: None,
+                due: (machine.secret != machine.bound()).then_some(Cause::Secret),
                 now,
             };
             let task = agent.rotation.follow(&sight);
@@ -341,7 +350,7 @@ impl World {
                 })
                 .collect();
             for session in wanted {
-                if self.answers(b, session) && !self.chance(self.odds.lost) {
+                if self.answers(b, a, session) && !self.chance(self.odds.lost) {
                     self.begin(a, b, session);
                 }
             }
@@ -349,10 +358,13 @@ impl World {
     }
 
     /// Whether `b` has this end of the session of another node.
-    fn answers(&self, b: usize, (device, own, theirs): (DeviceName, PublicKey, PublicKey)) -> bool {
+    fn answers(&self, b: usize, a: usize, session: (DeviceName, PublicKey, PublicKey)) -> bool {
+        let (device, own, theirs) = session;
+        let there = self.machines[a].peers(device).and_then(|(_, peers)| peers.get(&theirs));
         let device = DeviceName::Session(device.session().unwrap().reversed());
-        let peers = self.machines[b].peers(device);
-        peers.is_some_and(|(key, peers)| key == theirs && peers.contains_key(&own))
+        let Some((key, peers)) = self.machines[b].peers(device) else { return false };
+        let here = peers.get(&own).filter(|_| key == theirs);
+        there.zip(here).is_some_and(|(there, here)| there.preshared == here.preshared)
     }
 
     fn begin(
@@ -383,7 +395,7 @@ impl World {
             assert!(!self.strict, "{from} has no way to {to}\n{}", self.describe());
             return;
         };
-        if !self.answers(to, way) {
+        if !self.answers(to, from, way) {
             assert!(!self.strict, "{to} cannot take what {from} sends\n{}", self.describe());
             return;
         }
@@ -413,7 +425,7 @@ impl World {
             }
             let pods = *self.machines[to].own.pod_cidrs.first().unwrap();
             let way = self.machines[from].way_to(&pods);
-            let arrives = way.is_some_and(|way| self.answers(to, way));
+            let arrives = way.is_some_and(|way| self.answers(to, from, way));
             assert!(arrives, "{from} does not reach {to} by {way:?}\n{}", self.describe());
         }
     }
@@ -437,9 +449,18 @@ impl Machine {
             Task::Add(request) => {
                 let next = self.own.keys.keys().last().unwrap().next().unwrap();
                 self.own.keys.insert(next, key(index, next));
+                if let Some(secret) = self.secret {
+                    self.own.secrets.insert(next, secret);
+                    self.own.known_secrets.retain(|known| *known != secret);
+                    self.own.known_secrets.push(secret);
+                }
                 (self.answered, self.revoke) = (request.text, request.revoke);
             }
-            Task::Retire => _ = self.own.keys.pop_first(),
+            Task::Retire => {
+                self.own.keys.pop_first();
+                let keys = &self.own.keys;
+                self.own.secrets.retain(|generation, _| keys.contains_key(generation));
+            }
         }
     }
 }
