@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::common::agent::{eventually, status_when, userspace};
 use crate::common::lab::{GAMBESON, both, lab_up};
-use crate::common::scenario::{PATIENCE, dual, guard_drops, run, within};
+use crate::common::scenario::{PATIENCE, assert_connected, dual, guard_drops, run, within};
 use crate::soak::install;
 
 pub(crate) mod tcp;
@@ -284,7 +284,7 @@ fn a_revoked_key_goes_whoever_uses_it() {
     rotated(node, 1);
     assert_tidy(node);
     away.start_agent().unwrap();
-    crate::common::scenario::assert_connected(&lab, "node-1", "node-2");
+    assert_connected(&lab, "node-1", "node-2");
 }
 
 /// The devices of a new key are served by the new program, and the old one ends with the old key.
@@ -331,4 +331,88 @@ fn a_killed_tunnel_is_back_within_a_second_or_so() {
     assert!(report.lost > 0 && report.longest_gap_ms < 1500, "{report:#?}");
     eprintln!("{} packets of 1,000 each second were lost", report.lost);
     assert_eq!(node.status().unwrap().generation, Some(0));
+}
+
+/// Those two alone: everybody else reaches both.
+#[test]
+fn two_nodes_that_do_not_reach_each_other_hold_nobody_up() {
+    let lab = lab_up(Options { nodes: 3, ..userspace() });
+    let nodes = lab.nodes();
+    let address = nodes[1].addresses()[0];
+    let cut = format!(
+        "nft 'add table inet cut; add chain inet cut in {{ type filter hook prerouting priority -400; }}; \
+         add chain inet cut out {{ type filter hook output priority 0; }}; \
+         add rule inet cut in ip saddr {address} udp dport 51820-51826 drop; \
+         add rule inet cut out ip daddr {address} udp dport 51820-51826 drop'"
+    );
+    run(&nodes[0].environment(), &cut);
+    let others = [("pod-1-1", "pod-3-1"), ("pod-2-1", "pod-3-1")]
+        .map(|(from, to)| (lab.pod(from).unwrap(), lab.pod(to).unwrap()));
+    let traffic = Traffic::start(&others, Rate::default()).unwrap();
+    for node in &nodes[..2] {
+        request(&lab, &node.name(), "now");
+    }
+    for node in &nodes[..2] {
+        rotated(*node, 1);
+    }
+    assert_perfect(&lab, traffic);
+    run(&nodes[0].environment(), "nft delete table inet cut");
+    assert_connected(&lab, "node-1", "node-2");
+}
+
+/// Three of ten packets from one node get lost on their way to the other, and none back.
+#[test]
+fn loss_in_one_direction_does_not_stop_a_rotation() {
+    let lab = lab_up(userspace());
+    let nodes = lab.nodes();
+    let loss = "nft 'add table inet loss; add chain inet loss in { type filter hook prerouting \
+                priority -400; }; add rule inet loss in udp dport 51820-51826 \
+                numgen random mod 10 < 3 drop'";
+    run(&nodes[1].environment(), loss);
+    let traffic = all_pairs(&lab, 200);
+    for (node, generation) in [(0, 1), (1, 1), (0, 2)] {
+        request(&lab, &nodes[node].name(), &format!("{generation}"));
+        rotated(nodes[node], generation);
+    }
+    run(&nodes[1].environment(), "nft delete table inet loss");
+    let reports = traffic.finish(GRACE);
+    let (there, back) = (&reports[0], &reports[1]);
+    assert_eq!(there.from, "pod-1-1");
+    // What is answered or sent the other way, nothing takes.
+    assert!(there.lost > 0 && there.received > there.sent / 2, "{there:#?}");
+    assert!(back.is_perfect(), "{back:#?}");
+    let traffic = all_pairs(&lab, 500);
+    std::thread::sleep(Duration::from_secs(2));
+    assert_perfect(&lab, traffic);
+}
+
+#[test]
+fn nodes_join_and_leave_during_a_rotation() {
+    let lab = lab_up(Options { nodes: 3, start: false, ..userspace() });
+    let [one, two, three] = ["node-1", "node-2", "node-3"].map(|name| lab.node(name).unwrap());
+    for node in [one, two] {
+        node.start_agent().unwrap();
+        node.attach_pods().unwrap();
+    }
+    assert_connected(&lab, "node-1", "node-2");
+    // One that is there and does not follow holds the rotation.
+    two.stop_agent().unwrap();
+    request(&lab, "node-1", "now");
+    status_when(one, "is blocked", |status| {
+        status.rotation.as_ref().is_some_and(|rotation| rotation.blocked)
+    });
+    three.start_agent().unwrap();
+    three.attach_pods().unwrap();
+    assert_connected(&lab, "node-1", "node-3");
+    let traffic = Traffic::start(
+        &[(lab.pod("pod-1-1").unwrap(), lab.pod("pod-3-1").unwrap())],
+        Rate::default(),
+    );
+    let traffic = traffic.unwrap();
+    assert!(one.status().unwrap().rotation.is_some_and(|rotation| rotation.peers == 2));
+    lab.api().unwrap().delete_node("node-2").unwrap();
+    let status = rotated(one, 1);
+    assert_eq!(status.peers.len(), 1);
+    assert_perfect(&lab, traffic);
+    assert_tidy(one);
 }
