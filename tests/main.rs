@@ -28,6 +28,7 @@ mod nat;
 mod preshared;
 mod repair;
 mod rotation;
+mod scale;
 mod soak;
 mod start;
 mod status;
