@@ -1,9 +1,12 @@
 //! docs/flannel.md says of each of Flannel's and k3s's options what it does here: so it is.
+//! docs/faults.md names tests: there they are.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::common::lab::{GAMBESON, both, stdout_of};
 
+const FAULTS: &str = include_str!("../docs/faults.md");
 const GUIDE: &str = include_str!("../docs/flannel.md");
 
 /// The rows of the table below a heading: options, and what is said of them.
@@ -62,4 +65,26 @@ fn every_option_of_k3s_does_what_the_guide_says() {
         }
     }
     assert!(refusal("--flannel-backend=ipsec").contains("wireguard-native"));
+}
+
+/// Every Rust file below a folder.
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let (folders, files): (Vec<_>, Vec<_>) = entries.partition(|path| path.is_dir());
+    let rust = files.into_iter().filter(|path| path.extension().is_some_and(|e| e == "rs"));
+    rust.chain(folders.iter().flat_map(|folder| sources(folder))).collect()
+}
+
+#[test]
+fn every_test_that_the_list_of_faults_names_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let files = ["tests", "tunnel/src"].into_iter().flat_map(|folder| sources(&root.join(folder)));
+    let all: String = files.map(|file| std::fs::read_to_string(file).unwrap()).collect();
+    let names: Vec<_> = FAULTS.lines().filter(|line| line.starts_with("| ")).collect();
+    let names = names.iter().flat_map(|line| line.split('`').skip(1).step_by(2));
+    let names: Vec<_> = names.map(|name| name.rsplit("::").next().unwrap()).collect();
+    assert!(names.len() > 40);
+    for name in names {
+        assert!(all.contains(&format!("fn {name}(")), "there is no test {name}");
+    }
 }
