@@ -23,6 +23,10 @@ use tracing::debug;
 
 use crate::rounds::Rounds;
 
+mod rotation;
+
+pub use rotation::{RotationStatus, WaitingPeer};
+
 /// Version of the JSON document. It grows when a field changes its meaning or goes.
 pub const SCHEMA: u32 = 1;
 /// How long a reader may take to accept the answer.
@@ -80,38 +84,6 @@ pub struct UnderlayStatus {
     pub mtu: u32,
     /// Addresses that other nodes send to.
     pub endpoints: Vec<IpAddr>,
-}
-
-/// A rotation of this node's key that is under way.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RotationStatus {
-    /// Generation of the old key.
-    pub from: u64,
-    /// Generation of the new key.
-    pub to: u64,
-    /// `say`, `move`, `promote` or `retire`: what it waits for.
-    pub step: String,
-    /// For how many seconds this agent has known of it.
-    pub seconds: u64,
-    /// Peers with WireGuard.
-    pub peers: usize,
-    /// Those that have left the old key.
-    pub moved: usize,
-    /// Those that are waited for, and why.
-    pub waiting: Vec<WaitingPeer>,
-    /// Those that do not answer, and are not waited for.
-    pub away: Vec<NodeName>,
-    /// Whether peers are waited for that should have moved by now.
-    pub blocked: bool,
-}
-
-/// A peer that has not left the old key.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WaitingPeer {
-    /// Its name.
-    pub name: NodeName,
-    /// What it has not done.
-    pub reason: String,
 }
 
 /// One peer.
@@ -397,22 +369,6 @@ impl fmt::Display for Status {
             for line in lines {
                 writeln!(f, "  {line}")?;
             }
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Display for RotationStatus {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { from, to, step, seconds, peers, moved, .. } = self;
-        write!(f, "{from} to {to}, for {seconds} s: {step}, {moved} of {peers} peers moved")?;
-        if !self.away.is_empty() {
-            write!(f, ", {} away", self.away.len())?;
-        }
-        let blocked = if self.blocked { "blocked by" } else { "waits for" };
-        for (index, WaitingPeer { name, reason }) in self.waiting.iter().enumerate() {
-            let before = if index == 0 { blocked } else { "and" };
-            write!(f, "\n                {before} {name}: {reason}")?;
         }
         Ok(())
     }

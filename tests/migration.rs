@@ -13,6 +13,7 @@ use crate::changeover::all_moved;
 use crate::common::agent::{eventually, status_when};
 use crate::common::lab::{GAMBESON, lab_up};
 use crate::common::scenario::{accept, accepting, dual, run};
+use crate::rotation::{request, rotated};
 
 /// Until the last packet has arrived.
 const GRACE: Duration = Duration::from_secs(2);
@@ -128,7 +129,12 @@ fn wireguard_loses_less_than_a_second_per_node() {
     for node in lab.nodes() {
         let packets = traffic(&lab);
         to_gambeson(&lab, node);
+        // Not while there is a node that cannot follow.
+        request(&lab, &node.name(), "now");
         sleep(Duration::from_secs(2));
+        let warnings = node.status().unwrap().warnings;
+        let waits = warnings.iter().any(|warning| warning.contains("cannot follow"));
+        assert_eq!(waits, node.name() != "node-3", "{warnings:?}");
         let pod = node.pods()[0].name();
         for report in packets.finish(GRACE) {
             let concerned = report.from == pod || report.to == pod;
@@ -139,5 +145,6 @@ fn wireguard_loses_less_than_a_second_per_node() {
     }
     let packets = traffic(&lab);
     sleep(Duration::from_secs(1));
+    lab.nodes().into_iter().for_each(|node| drop(rotated(node, 1)));
     assert_perfect(packets);
 }

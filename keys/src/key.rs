@@ -45,17 +45,7 @@ impl PrivateKey {
 
     /// The key in strict base64, or `None` for anything else.
     pub(crate) fn decode(text: &str) -> Option<Self> {
-        if text.len() != ENCODED {
-            return None;
-        }
-        // The decoder wants room for the 33 bytes that 44 characters could hold.
-        let mut buffer = Zeroizing::new([0_u8; 33]);
-        let length = STANDARD.decode_slice(text, buffer.as_mut()).ok()?;
-        let mut bytes = Zeroizing::new([0_u8; 32]);
-        if length != bytes.len() {
-            return None;
-        }
-        bytes.copy_from_slice(&buffer[..32]);
+        let bytes = decode(text)?;
         Self::from_bytes(&bytes)
     }
 
@@ -68,6 +58,22 @@ impl PrivateKey {
     pub fn as_bytes(&self) -> &[u8; 32] {
         self.secret.as_bytes()
     }
+}
+
+/// 32 secret bytes from strict base64, or `None` for anything else.
+pub(crate) fn decode(text: &str) -> Option<Zeroizing<[u8; 32]>> {
+    if text.len() != ENCODED {
+        return None;
+    }
+    // The decoder wants room for the 33 bytes that 44 characters could hold.
+    let mut buffer = Zeroizing::new([0_u8; 33]);
+    let length = STANDARD.decode_slice(text, buffer.as_mut()).ok()?;
+    let mut bytes = Zeroizing::new([0_u8; 32]);
+    if length != bytes.len() {
+        return None;
+    }
+    bytes.copy_from_slice(&buffer[..32]);
+    Some(bytes)
 }
 
 impl fmt::Debug for PrivateKey {

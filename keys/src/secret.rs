@@ -7,13 +7,11 @@
 use std::fmt;
 use std::sync::Arc;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use hkdf::Hkdf;
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
-use crate::key::ENCODED;
+use crate::key::decode;
 use crate::{PublicKey, SecretId};
 
 /// First word of a file with a secret of the whole cluster. Others may follow for other schemes.
@@ -66,17 +64,7 @@ impl ClusterSecret {
 
     /// The secret in strict base64, or `None` for anything else.
     pub(crate) fn decode(text: &str) -> Option<Self> {
-        if text.len() != ENCODED {
-            return None;
-        }
-        // The decoder wants room for the 33 bytes that 44 characters could hold.
-        let mut buffer = Zeroizing::new([0_u8; 33]);
-        let length = STANDARD.decode_slice(text, buffer.as_mut()).ok()?;
-        let mut bytes = Zeroizing::new([0_u8; 32]);
-        if length != bytes.len() {
-            return None;
-        }
-        bytes.copy_from_slice(&buffer[..32]);
+        let bytes = decode(text)?;
         let mut id = [0; 8];
         // Eight bytes are far below what HKDF can give.
         Hkdf::<Sha256>::new(None, bytes.as_ref()).expand(ID_INFO, &mut id).ok()?;

@@ -175,6 +175,12 @@ impl Rotation {
         }
     }
 
+    /// Nodes that hold up the start of a rotation that is wanted: Flannel drives them, and they
+    /// cannot follow.
+    pub fn held_up<'a>(&self, sight: &Sight<'a>) -> impl Iterator<Item = &'a NodeName> {
+        request::held_up(sight).filter(|_| self.running.is_none())
+    }
+
     /// Whether the Node is to say that the new key is the one in use.
     pub fn is_promoted(&self) -> bool {
         self.progress()

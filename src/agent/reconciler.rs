@@ -204,13 +204,7 @@ impl Reconciler {
     pub(super) async fn close(&mut self) -> Result<Pass, AgentError> {
         let mut pass = Pass { ready: self.ready, ..Pass::default() };
         let desired = self.closed().await;
-        let observed = match self.observe().await {
-            Err(error) if self.is_passing(&error) => {
-                pass.problems.push(chain(&error));
-                return Ok(pass);
-            }
-            observed => observed?,
-        };
+        let Some(observed) = self.look(&mut pass).await? else { return Ok(pass) };
         let mut plan = Plan::new(&desired, &observed);
         plan.actions.retain(|action| match action {
             Action::SetRuleset(_) | Action::SetSysctl(..) | Action::AddRule(_) => true,
@@ -242,13 +236,7 @@ impl Reconciler {
                 return Ok(pass);
             }
         };
-        let observed = match self.observe().await {
-            Err(error) if self.is_passing(&error) => {
-                pass.problems.push(chain(&error));
-                return Ok(pass);
-            }
-            observed => observed?,
-        };
+        let Some(observed) = self.look(&mut pass).await? else { return Ok(pass) };
         let implementation = self.implementation(&observed).await?;
         let mut local = Local { implementation, ..inputs.local };
         let next_hops = topology::next_hops(&local, store.nodes().records());
@@ -275,24 +263,16 @@ impl Reconciler {
         self.check_ports(&desired, &observed)?;
         let clean = self.execute(&plan, &mut pass).await?;
         if let Some(step) = crash {
-            rotate::crash_at(self.config.crash_at.as_deref(), step);
+            self.crash_at(step);
         }
         let in_place = clean || plan::is_in_place(&desired, &observed);
         self.started = true;
         self.hand_over(&local, in_place, &mut pass).await;
         self.check_networks(&mut pass).await;
         let internal = store.nodes().own_addresses().to_owned();
-        pass.advice = advice::on_host(&self.config, &inputs.underlay, &internal);
+        pass.advice.extend(advice::on_host(&self.config, &inputs.underlay, &internal));
         match &inputs.own {
-            Some(_) => {
-                let annotations = local.annotations();
-                let encrypted = desired.ruleset.plaintext.is_empty();
-                let network_up = self.ready;
-                let blocked = self.rotation.progress().filter(|progress| progress.blocked);
-                let rotation_blocked = blocked.map(reporter::rotation::blocked);
-                let wanted = Publication { annotations, network_up, encrypted, rotation_blocked };
-                publish(publication, wanted);
-            }
+            Some(_) => publish(publication, self.publication(&local, &desired)),
             None => pass.waiting = Some(NO_LIST.to_owned()),
         }
         let node_uid = inputs.own.map(|own| own.uid).unwrap_or_default();
@@ -300,6 +280,17 @@ impl Reconciler {
         let rotation = self.rotation.progress().cloned();
         pass.view = Some(View { node_uid, local, underlay, mesh, desired, observed, rotation });
         Ok(pass)
+    }
+
+    /// What the Node is to say.
+    fn publication(&self, local: &Local, desired: &Desired) -> Publication {
+        let blocked = self.rotation.progress().filter(|progress| progress.blocked);
+        Publication {
+            annotations: local.annotations(),
+            network_up: self.ready,
+            encrypted: desired.ruleset.plaintext.is_empty(),
+            rotation_blocked: blocked.map(reporter::rotation::blocked),
+        }
     }
 
     /// Stands for a pass that did not end in time.
@@ -310,6 +301,17 @@ impl Reconciler {
             limit.as_secs()
         );
         Pass { ready: self.ready, problems: vec![problem], ..Pass::default() }
+    }
+
+    /// Reads the kernel, or says why it cannot be read for now.
+    async fn look(&mut self, pass: &mut Pass) -> Result<Option<Observed>, AgentError> {
+        match self.observe().await {
+            Err(error) if self.is_passing(&error) => {
+                pass.problems.push(chain(&error));
+                Ok(None)
+            }
+            observed => Ok(Some(observed?)),
+        }
     }
 
     /// Reads the kernel. At first sight, what a former agent left there is remembered.

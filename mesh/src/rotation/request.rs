@@ -5,7 +5,8 @@ use std::time::Duration;
 use gambeson_keys::PublicKey;
 
 use super::Sight;
-use crate::node::{self, NodeRecord, Transport};
+use crate::NodeName;
+use crate::node::{self, Node, NodeRecord, Transport};
 use crate::pair;
 
 /// A request that begins so retires the old key at once, whoever still uses it.
@@ -42,20 +43,29 @@ pub fn requested(own: &NodeRecord) -> Option<&str> {
 
 /// The rotation that is to start now.
 pub(super) fn next(sight: &Sight<'_>) -> Option<Request> {
+    wanted(sight).filter(|_| cannot_follow(sight).next().is_none())
+}
+
+/// Nodes that hold up the start of one that is wanted.
+pub(super) fn held_up<'a>(sight: &Sight<'a>) -> impl Iterator<Item = &'a NodeName> {
+    let is_wanted = wanted(sight).is_some();
+    cannot_follow(sight).filter(move |_| is_wanted)
+}
+
+fn wanted(sight: &Sight<'_>) -> Option<Request> {
     let new = new_text(sight);
     let cause = if new.is_some() { Some(Cause::Request) } else { sight.due };
     let revoke = new.is_some_and(|text| text.starts_with(REVOKE));
     let text = new.or(sight.answered).map(str::to_owned);
-    cause.filter(|_| !is_held_up(sight)).map(|cause| Request { cause, text, revoke })
+    cause.map(|cause| Request { cause, text, revoke })
 }
 
 /// Flannel replaces a key in one place, and knows one port: it cannot follow.
-fn is_held_up(sight: &Sight<'_>) -> bool {
-    sight
-        .mesh
-        .peers
-        .values()
-        .any(|node| node.flannel && pair::transport(sight.local, node) == Ok(Transport::Wireguard))
+fn cannot_follow<'a>(sight: &Sight<'a>) -> impl Iterator<Item = &'a NodeName> {
+    let local = sight.local;
+    let encrypted = |node: &&Node| pair::transport(local, node) == Ok(Transport::Wireguard);
+    let flannels = sight.mesh.peers.values().filter(|node| node.flannel);
+    flannels.filter(encrypted).map(|node| &node.name)
 }
 
 /// The age at which a key is replaced that may get this old: up to a tenth less, the same for the

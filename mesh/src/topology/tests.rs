@@ -316,3 +316,27 @@ fn a_list_without_us_is_not_believed() {
     let message = plausible(&all, "node-3").unwrap_err().to_string();
     assert!(message.contains("node-3"), "{message}");
 }
+
+#[test]
+fn a_node_that_had_a_preshared_key_is_not_taken_without_and_a_new_one_neither() {
+    let id = gambeson_keys::SecretId::from_bytes([1; 8]);
+    let with = |i: u8| {
+        let own = local(i, 0);
+        let secrets = own.keys.keys().map(|generation| (*generation, id)).collect();
+        Local { secrets, known_secrets: vec![id], ..own }
+    };
+    let mut topology = Topology::new();
+    let resolve =
+        |topology: &mut Topology, nodes: &[NodeRecord]| topology.resolve(&with(1), &records(nodes));
+    // One that was there before this node had any may go on.
+    let old = record(&local(4, 0));
+    topology.resolve(&local(1, 0), &records(std::slice::from_ref(&old)));
+    let mesh = resolve(&mut topology, &[record(&with(2)), record(&local(3, 0)), old.clone()]);
+    assert_eq!(names(&mesh), ["node-2", "node-4"]);
+    for name in ["node-3", "node-4"] {
+        assert_eq!(mesh.refused[name], Refusal::NoPresharedKey);
+    }
+    let mesh = resolve(&mut topology, &[record(&local(2, 0)), old]);
+    assert_eq!(mesh.refused["node-2"], Refusal::NoPresharedKey);
+    assert_eq!(mesh.peers["node-2"].secret, Some(id), "its last good state stays");
+}

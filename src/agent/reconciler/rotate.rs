@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use gambeson_keys::{Answer, ClusterSecret, KeyRing, SecretId};
+use gambeson_keys::{Answer, ClusterSecret, KeyRing, KeyStoreError, SecretId};
 use gambeson_mesh::live::Pairs;
 use gambeson_mesh::node::{Local, NodeRecord};
 use gambeson_mesh::observed::Observed;
@@ -35,88 +34,117 @@ impl Reconciler {
         pass: &mut Pass,
     ) -> Option<&'static str> {
         let outdated = self.has_outdated_tunnels(observed, now).await;
-        let keys = self.keys.as_mut()?;
-        let answer = keys.answer().clone();
-        let due = self.config.rotate_every.filter(|every| is_old(keys, *every));
-        let due = due.map(|_| Cause::Age).or(outdated.then_some(Cause::Upgrade));
-        let bound = keys.secret_ids().get(&keys.newest()).copied();
-        let given = self.secret.as_ref().map(ClusterSecret::id);
-        let due = if given.is_some() && given != bound { Some(Cause::Secret) } else { due };
-        let (answered, revoke) = (answer.request.as_deref(), answer.revoke);
+        let due = self.due(outdated);
+        let Answer { request, revoke } = self.keys.as_ref()?.answer().clone();
+        let answered = request.as_deref();
         let sight = Sight { mesh, local, pairs, observed, own, answered, revoke, due, now };
         let task = self.rotation.follow(&sight);
         let probes = self.rotation.probes(&sight);
-        let crash_file = self.config.crash_at.as_deref();
+        let held_up: Vec<&str> = self.rotation.held_up(&sight).map(String::as_str).collect();
+        if !held_up.is_empty() {
+            let names = held_up.join(", ");
+            pass.advice.push(format!(
+                "this node's key is to be replaced, and {names} cannot follow, which Flannel \
+                 drives; it is done when they have moved over"
+            ));
+        }
         if let Some(progress) = self.rotation.progress() {
-            crash_at(crash_file, step_name(progress));
+            self.crash_at(step_name(progress));
         }
-        let mut next_step = None;
         let changed = match task {
-            Task::None if has_done_with_older_secrets(keys, mesh, local) => {
-                self.key_store.forget_older_secrets(keys)
-            }
-            Task::None => Ok(()),
-            Task::Add(request) => {
-                let old = keys.newest();
-                let Request { cause, text, revoke } = request;
-                let kept = bound.and_then(|id| keys.secrets().get(id)).cloned();
-                let secret = self.secret.clone().or(kept);
-                let answer = Answer { request: text.clone(), revoke };
-                let added = self.key_store.add_next(keys, answer, secret);
-                if added.is_ok() {
-                    crash_at(crash_file, "keep");
-                    next_step = Some("stage");
-                    if cause == Cause::Upgrade {
-                        self.upgraded = Some(now);
-                    }
-                    info!(
-                        from = old.number(),
-                        to = keys.newest().number(),
-                        cause = cause_name(cause),
-                        request = text,
-                        revoke,
-                        "key rotation begins"
-                    );
-                }
-                added
-            }
-            Task::Retire => self.key_store.retire_older(keys).inspect(|()| {
-                crash_at(crash_file, "erase");
-                next_step = Some("retire");
-            }),
+            Task::None => self.forget_older_secrets(mesh, local).map(|()| None),
+            Task::Add(request) => self.begin(request, now).map(|()| Some("stage")),
+            Task::Retire => self.retire().map(|()| Some("retire")),
         };
-        if let Err(error) = changed {
-            pass.problems.push(chain(&error));
-        }
+        let keys = self.keys.as_ref()?;
         self.kernel.set_secrets(keys.secrets());
         local.secrets = keys.secret_ids();
         local.known_secrets = keys.secrets().iter().map(ClusterSecret::id).collect();
         local.keys = keys.publics();
         local.promoted = local.keys.len() > 1 && self.rotation.is_promoted();
         probe(probes).await;
-        next_step
+        changed.unwrap_or_else(|error| {
+            pass.problems.push(chain(&error));
+            None
+        })
     }
-}
 
-impl Reconciler {
+    /// What a new key is due for without being asked for.
+    fn due(&self, outdated: bool) -> Option<Cause> {
+        let keys = self.keys.as_ref()?;
+        let given = self.secret.as_ref().map(ClusterSecret::id);
+        if given.is_some() && given != bound(keys) {
+            return Some(Cause::Secret);
+        }
+        if self.config.rotate_every.is_some_and(|every| is_old(keys, every)) {
+            return Some(Cause::Age);
+        }
+        outdated.then_some(Cause::Upgrade)
+    }
+
+    /// Makes the next key, bound to the secret that this node was given, or else has.
+    fn begin(&mut self, request: Request, now: Instant) -> Result<(), KeyStoreError> {
+        let Some(keys) = &mut self.keys else { return Ok(()) };
+        let Request { cause, text, revoke } = request;
+        let kept = bound(keys).and_then(|id| keys.secrets().get(id)).cloned();
+        let secret = self.secret.clone().or(kept);
+        let old = keys.newest();
+        self.key_store.add_next(keys, Answer { request: text.clone(), revoke }, secret)?;
+        let (from, to) = (old.number(), keys.newest().number());
+        let cause_name = cause_name(cause);
+        info!(from, to, cause = cause_name, request = text, revoke, "key rotation begins");
+        if cause == Cause::Upgrade {
+            self.upgraded = Some(now);
+        }
+        self.crash_at("keep");
+        Ok(())
+    }
+
+    fn retire(&mut self) -> Result<(), KeyStoreError> {
+        let Some(keys) = &mut self.keys else { return Ok(()) };
+        self.key_store.retire_older(keys)?;
+        self.crash_at("erase");
+        Ok(())
+    }
+
+    /// Forgets secrets that no key is bound to any more, this node's or another's.
+    fn forget_older_secrets(&mut self, mesh: &Mesh, local: &Local) -> Result<(), KeyStoreError> {
+        let Some(keys) = &mut self.keys else { return Ok(()) };
+        let newest = bound(keys);
+        let is_newest = |secret: Option<SecretId>| secret.is_none() || secret == newest;
+        let is_done = newest.is_some()
+            && keys.secrets().iter().count() > 1
+            && local.secrets.values().all(|secret| is_newest(Some(*secret)))
+            && mesh
+                .peers
+                .values()
+                .all(|node| is_newest(node.secret) && is_newest(node.next_secret));
+        if is_done { self.key_store.forget_older_secrets(keys) } else { Ok(()) }
+    }
+
     /// Whether an older program serves this node's devices, so that the newer is to serve those of
     /// a new key. Where that did not help, it is not tried again for some time.
-    async fn has_outdated_tunnels(&mut self, observed: &Observed, now: Instant) -> bool {
+    async fn has_outdated_tunnels(&self, observed: &Observed, now: Instant) -> bool {
         let tried = self.upgraded.is_some_and(|last| now.duration_since(last) < UPGRADE_AGAIN);
         if tried || self.rotation.progress().is_some() {
             return false;
         }
         self.kernel.has_outdated_tunnels(observed).await
     }
+
+    /// Ends the process if the file of --crash-at says that it is to end at this step, once.
+    pub(super) fn crash_at(&self, step: &str) {
+        let Some(file) = &self.config.crash_at else { return };
+        let named = fs::read_to_string(file).is_ok_and(|text| text.trim() == step);
+        if named && fs::remove_file(file).is_ok() {
+            std::process::abort();
+        }
+    }
 }
 
-/// Ends the process if this file says that it is to end at this step, once.
-pub(super) fn crash_at(file: Option<&Path>, step: &str) {
-    let Some(file) = file else { return };
-    let named = fs::read_to_string(file).is_ok_and(|text| text.trim() == step);
-    if named && fs::remove_file(file).is_ok() {
-        std::process::abort();
-    }
+/// The secret that the newest key is bound to.
+fn bound(keys: &KeyRing) -> Option<SecretId> {
+    keys.secret_ids().get(&keys.newest()).copied()
 }
 
 /// The name of what has just come to be.
@@ -135,15 +163,6 @@ fn is_old(keys: &KeyRing, every: Duration) -> bool {
     let publics = keys.publics();
     let Some(key) = publics.get(&keys.newest()) else { return false };
     keys.age(SystemTime::now()).is_none_or(|age| age >= due_at(every, key))
-}
-
-/// Whether no key, this node's or another's, is bound to another secret than the newest.
-fn has_done_with_older_secrets(keys: &KeyRing, mesh: &Mesh, local: &Local) -> bool {
-    let Some(newest) = keys.secret_ids().get(&keys.newest()).copied() else { return false };
-    let is_newest = |secret: Option<SecretId>| secret.is_none_or(|secret| secret == newest);
-    keys.secrets().iter().count() > 1
-        && local.secrets.values().all(|secret| *secret == newest)
-        && mesh.peers.values().all(|node| is_newest(node.secret) && is_newest(node.next_secret))
 }
 
 fn cause_name(cause: Cause) -> &'static str {
