@@ -23,7 +23,7 @@ use tokio::task::spawn_blocking;
 use tracing::{debug, info, warn};
 
 use super::words::{self, chain, describe};
-use super::{AgentError, advice, overlap, preflight, reporter};
+use super::{AgentError, advice, overlap, preflight};
 use crate::apply::{ApplyError, Flannel, Kernel};
 use crate::cluster::{NodeStore, Publication};
 use crate::cni::link::Places;
@@ -289,7 +289,7 @@ impl Reconciler {
             annotations: local.annotations(),
             network_up: self.ready,
             encrypted: desired.ruleset.plaintext.is_empty(),
-            rotation_blocked: blocked.map(reporter::rotation::blocked),
+            rotation_blocked: blocked.map(words::blocked),
         }
     }
 

@@ -19,7 +19,7 @@ use crate::status::{
     Admission, GuardStatus, PeerStatus, RefusedStatus, Status, UnderlayStatus, transport_name,
 };
 
-pub(super) mod rotation;
+mod rotation;
 
 /// How often it is said again what the agent waits for.
 const REMIND: Duration = Duration::from_secs(60);

@@ -3,6 +3,7 @@
 use gambeson_mesh::desired::{RouteKey, VtepEntry};
 use gambeson_mesh::observed::{ForeignRoute, ForwardDrop};
 use gambeson_mesh::plan::{Action, Plan};
+use gambeson_mesh::rotation::{Progress, Wait};
 
 /// What of somebody else's is in the way, by name, with what helps. Devices with our names
 /// are an error of their own.
@@ -23,6 +24,35 @@ pub(super) fn obstacles(plan: &Plan) -> impl Iterator<Item = String> {
         )
     });
     blocked.chain(overruled)
+}
+
+/// Most peers that a message names.
+pub(super) const NAMED: usize = 8;
+
+/// Why the Node's condition says that it is blocked, while it is.
+pub(super) fn blocked(progress: &Progress) -> String {
+    let mut names: Vec<_> = progress
+        .waiting
+        .iter()
+        .map(|(name, wait)| format!("{name} ({})", reason(*wait)))
+        .take(NAMED)
+        .collect();
+    let more = progress.waiting.len().saturating_sub(NAMED);
+    names.extend((more > 0).then(|| format!("{more} more")));
+    format!(
+        "key generation {} is still used by {}; see whether the agent there runs and reaches the \
+         API server; the rotation goes on by itself when it does",
+        progress.from,
+        names.join(", ")
+    )
+}
+
+/// What a peer has not done yet.
+pub(super) fn reason(wait: Wait) -> &'static str {
+    match wait {
+        Wait::Handshake => "no handshake with the new key yet",
+        Wait::Drain => "sends with the old key",
+    }
 }
 
 /// A change in a few words, for the log.

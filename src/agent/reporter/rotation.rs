@@ -3,15 +3,13 @@
 use std::time::Instant;
 
 use gambeson_keys::{Generation, PublicKey};
-use gambeson_mesh::rotation::{Progress, Step, Wait};
+use gambeson_mesh::rotation::{Progress, Step};
 use tracing::{info, warn};
 
 use super::View;
+use crate::agent::words;
 use crate::cluster::{Note, Reason, Recorder};
 use crate::status::{RotationStatus, WaitingPeer};
-
-/// Most peers that a message names.
-const NAMED: usize = 8;
 
 /// Remembers what was said last.
 #[derive(Debug, Default)]
@@ -49,7 +47,7 @@ impl RotationReport {
                 let is_news = before.is_none_or(|before| before.waiting != progress.waiting);
                 let was_blocked = before.is_some_and(|before| before.blocked);
                 if progress.blocked && (is_news || !was_blocked) {
-                    let message = blocked(progress);
+                    let message = words::blocked(progress);
                     warn!(old_key = old.map(tracing::field::display), "{message}");
                     if !was_blocked {
                         note(Reason::RotationBlocked, message);
@@ -74,30 +72,12 @@ pub(super) fn status(progress: &Progress, now: Instant) -> RotationStatus {
         waiting: waiting
             .map(|(name, wait)| WaitingPeer {
                 name: name.clone(),
-                reason: reason(*wait).to_owned(),
+                reason: words::reason(*wait).to_owned(),
             })
             .collect(),
         away: progress.away.iter().cloned().collect(),
         blocked: progress.blocked,
     }
-}
-
-/// Why the Node's condition says that it is blocked, while it is.
-pub(in crate::agent) fn blocked(progress: &Progress) -> String {
-    let mut names: Vec<_> = progress
-        .waiting
-        .iter()
-        .map(|(name, wait)| format!("{name} ({})", reason(*wait)))
-        .take(NAMED)
-        .collect();
-    let more = progress.waiting.len().saturating_sub(NAMED);
-    names.extend((more > 0).then(|| format!("{more} more")));
-    format!(
-        "key generation {} is still used by {}; see whether the agent there runs and reaches the \
-         API server; the rotation goes on by itself when it does",
-        progress.from,
-        names.join(", ")
-    )
 }
 
 /// The audit record of a rotation that is done.
@@ -108,7 +88,7 @@ fn finished(
     now: Instant,
 ) -> String {
     let seconds = now.duration_since(done.since).as_secs_f64();
-    let away: Vec<_> = done.away.iter().map(String::as_str).take(NAMED).collect();
+    let away: Vec<_> = done.away.iter().map(String::as_str).take(words::NAMED).collect();
     info!(
         from = done.from.number(),
         to = done.to.number(),
@@ -146,12 +126,5 @@ fn step_name(step: Step) -> &'static str {
         Step::Move => "move",
         Step::Promote => "promote",
         Step::Retire => "retire",
-    }
-}
-
-fn reason(wait: Wait) -> &'static str {
-    match wait {
-        Wait::Handshake => "no handshake with the new key yet",
-        Wait::Drain => "sends with the old key",
     }
 }
