@@ -140,7 +140,7 @@ pub struct Rotation {
 struct Running {
     progress: Progress,
     tracks: BTreeMap<NodeName, Track>,
-    /// Since when the Node has said the new key.
+    /// Since when the Node has said the new key, as far as this process has seen.
     said: Option<Instant>,
     probed: Option<Instant>,
 }
@@ -169,7 +169,8 @@ impl Rotation {
             Some(new) => self.go_on(sight, old, new),
             None => {
                 self.running = None;
-                let request = request::next(sight).filter(|_| says_only(sight, old));
+                let is_ready = says_only(sight, old) && has_room(sight, old);
+                let request = request::next(sight).filter(|_| is_ready);
                 request.map_or(Task::None, Task::Add)
             }
         }
@@ -249,6 +250,7 @@ impl Running {
     fn step(&mut self, sight: &Sight<'_>) -> Step {
         let Progress { to, step, revoke, .. } = self.progress;
         if published_generation(sight.own).is_some_and(|published| published >= to) {
+            self.said.get_or_insert(sight.now);
             return Step::Retire;
         }
         // Once it was decided, the Node may say so at any moment: there is no way back.
@@ -292,11 +294,13 @@ impl Running {
         (progress.peers, progress.moved) = (nodes.len(), 0);
         progress.waiting.clear();
         progress.away.clear();
+        // Before the Node says the new key nobody is asked for a sign of life.
+        let asked = self.said.unwrap_or(sight.now);
         for node in nodes {
             let track = Track::go_on(self.tracks.remove(&node.name), node, progress.to, sight);
             match track.wait(sight.now) {
                 None => progress.moved += 1,
-                Some(_) if sight.now.duration_since(track.any) >= AWAY => {
+                Some(_) if sight.now.duration_since(track.any.max(asked)) >= AWAY => {
                     progress.away.insert(node.name.clone());
                 }
                 Some(wait) => _ = progress.waiting.insert(node.name.clone(), wait),
@@ -342,6 +346,13 @@ impl Track {
     fn quiet_since(&self) -> Option<Instant> {
         self.proven.map(|proven| proven.max(self.old))
     }
+}
+
+/// Whether the devices that the next key will have are gone, if a former one had them: under
+/// another key they would still tell of the handshakes of before.
+fn has_room(sight: &Sight<'_>, newest: Generation) -> bool {
+    let devices = sight.observed.links.keys().filter_map(|device| device.session());
+    devices.into_iter().all(|session| session.own_parity() == newest.parity())
 }
 
 fn published_generation(own: &NodeRecord) -> Option<Generation> {

@@ -35,6 +35,11 @@ impl Session {
         Self(2 * (self.0 % 2) + self.0 / 2)
     }
 
+    /// Parity of our generation: 0 or 1.
+    pub fn own_parity(self) -> u8 {
+        self.0 / 2
+    }
+
     /// Parity of the peer's generation: 0 or 1.
     pub fn peer_parity(self) -> u8 {
         self.0 % 2
@@ -136,7 +141,10 @@ mod tests {
             assert_eq!(session.port(51820), Some(51820 + offset));
             assert_eq!(session.base_port(51820 + offset), Some(51820));
             assert_eq!(session.device().session(), Some(session));
-            assert_eq!(session.peer_parity(), peer.parity());
+            assert_eq!(
+                (session.own_parity(), session.peer_parity()),
+                (own.parity(), peer.parity())
+            );
             assert_eq!(session.reversed(), Session::between(peer, own));
         }
     }

@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use gambeson_keys::SecretId;
+
 use crate::NodeName;
 use crate::node::annotation::CONFIG_PERSISTENT_KEEPALIVE;
 use crate::node::{
@@ -105,9 +107,10 @@ impl Topology {
     }
 
     /// Takes in what an agent that starts finds in the kernel. The peers there are incumbents:
-    /// whoever holds a key or a pod CIDR keeps it over a restart.
-    pub fn recover(&mut self, observed: &Observed) {
-        self.recovered = recovered::recover(observed);
+    /// whoever holds a key or a pod CIDR keeps it over a restart. `known` are the secrets for
+    /// preshared keys that this node knows, the oldest first.
+    pub fn recover(&mut self, observed: &Observed, known: &[SecretId]) {
+        self.recovered = recovered::recover(observed, known);
         let mut used = observed.routes.values().filter_map(|route| Transport::of(route.next_hop));
         self.partial = used.any(|transport| !transport.is_encrypted());
     }

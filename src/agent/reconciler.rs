@@ -324,7 +324,8 @@ impl Reconciler {
             link.known |= key.is_some_and(|key| own.values().any(|known| *known == key));
         }
         if !self.recovered {
-            self.topology.recover(&observed);
+            let known: Vec<_> = self.secrets().iter().map(ClusterSecret::id).collect();
+            self.topology.recover(&observed, &known);
             let mac = |family| match observed.links.get(&DeviceName::Vxlan(family))?.kind {
                 Some(LinkKind::Vxlan(link)) => Some(link.mac),
                 _ => None,

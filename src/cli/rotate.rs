@@ -145,12 +145,10 @@ impl Work {
         let Cluster { connector, prefix, revoke } = &self.cluster;
         let now = Timestamp::now();
         let request = if *revoke { format!("{REVOKE}-{now}") } else { now.to_string() };
-        // As it is now: others may have asked as well.
-        let before = self.cluster.look().await?.remove(&node);
-        let generation = before.as_ref().and_then(|node| node.generation).unwrap_or_default();
+        let before = ask_for_rotation(connector, prefix, &node, &request).await?;
+        let generation = before.generation.unwrap_or_default();
         // One that is under way does not answer this request.
-        let more = if before.is_some_and(|node| node.under_way) { 2 } else { 1 };
-        ask_for_rotation(connector, prefix, &node, &request).await?;
+        let more = if before.under_way { 2 } else { 1 };
         println!("{node}: asked for a key to replace generation {generation}");
         let target = generation.saturating_add(more);
         self.running.insert(node, Running { since: Instant::now(), target, said: None });

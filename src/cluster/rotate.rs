@@ -47,7 +47,7 @@ fn rotated(node: &NodeObject, prefix: &str) -> Rotated {
     }
 }
 
-/// Sets the request for a new key on a Node.
+/// Sets the request for a new key on a Node. Gives what the Node said before its agent saw that.
 ///
 /// # Errors
 /// [`RequestError`], when the API server refuses or does not answer.
@@ -56,10 +56,10 @@ pub async fn ask_for_rotation(
     prefix: &str,
     node: &str,
     request: &str,
-) -> Result<(), RequestError> {
+) -> Result<Rotated, RequestError> {
     let api: Api<NodeObject> = Api::all(connector.client().await?);
     let name = annotation::key(prefix, annotation::CONFIG_ROTATE);
     let patch = Patch::Merge(json!({ "metadata": { "annotations": { name: request } } }));
-    connector.in_time(api.patch(node, &PatchParams::default(), &patch)).await?;
-    Ok(())
+    let node = connector.in_time(api.patch(node, &PatchParams::default(), &patch)).await?;
+    Ok(rotated(&node, prefix))
 }

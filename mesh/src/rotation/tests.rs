@@ -69,6 +69,27 @@ fn a_peer_that_is_cut_from_the_api_server_is_waited_for() {
     }
 }
 
+/// The time in which nobody was asked tells nothing.
+#[test]
+fn a_quiet_peer_is_not_taken_for_away_after_an_outage() {
+    let mut world = calm(&[0, 0]);
+    for machine in &mut world.machines {
+        machine.sends = false;
+    }
+    world.machines[1].api = false;
+    world.request(0, "now");
+    world.run(Duration::from_millis(200));
+    // Its own Node as the watch tells it says nothing new for a minute.
+    world.odds.late = 1;
+    world.run(Duration::from_secs(60));
+    assert_eq!(world.machines[0].rotation().unwrap().progress().unwrap().step, Step::Say);
+    world.odds.late = 0;
+    world.run(Duration::from_secs(30));
+    assert!(world.machines[0].rotation().unwrap().progress().unwrap().blocked);
+    world.machines[1].api = true;
+    world.run_until(SOON, |world| world.has_settled(0, 1));
+}
+
 #[test]
 fn a_peer_whose_agent_is_gone_is_waited_for() {
     for sends in [true, false] {
@@ -157,7 +178,7 @@ fn a_schedule_spreads_the_nodes_over_its_last_tenth() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     /// Agents crash at every step, events are late, handshakes get lost, API servers go away:
     /// packets arrive all the while, and in the end every node has one key, the newest.

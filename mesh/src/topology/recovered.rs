@@ -4,6 +4,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use gambeson_keys::{Generation, PublicKey, SecretId};
 use ipnet::IpNet;
@@ -24,18 +25,24 @@ pub(super) struct Recovered {
     /// The one that packets go to.
     public_key: PublicKey,
     session: Session,
-    /// Another of its keys, while it replaces one.
-    other_key: Option<PublicKey>,
+    /// The last handshake of that.
+    handshake_age: Option<Duration>,
+    /// Another of its keys, while it replaces one, and its last handshake.
+    other_key: Option<(PublicKey, Option<Duration>)>,
     pod_cidrs: BTreeSet<IpNet>,
     endpoint: SocketAddr,
     persistent_keepalive: Option<u16>,
-    secret: Option<SecretId>,
+    /// Of which secret each of its keys' preshared keys are made, where they have some.
+    secrets: BTreeMap<PublicKey, SecretId>,
     /// Of its routes, in bytes.
     mtu: Option<u32>,
 }
 
 /// Every peer of our devices. Keys that have the same prefixes are those of one node.
-pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
+/// `known` are the secrets that this node knows, the oldest first: a session has the older one of
+/// its keys' secrets, so that a key's own is the newest of those of its sessions.
+pub(super) fn recover(observed: &Observed, known: &[SecretId]) -> Vec<Recovered> {
+    let age = |secret: SecretId| known.iter().position(|known| *known == secret);
     let mut found: BTreeMap<BTreeSet<IpNet>, (bool, Recovered)> = BTreeMap::new();
     for (device, link) in observed.links.iter().filter(|(_, link)| link.is_ours()) {
         let Some(session) = device.session() else { continue };
@@ -47,19 +54,20 @@ pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
             let recovered = Recovered {
                 public_key: *key,
                 session,
+                handshake_age: peer.handshake_age,
                 other_key: None,
                 pod_cidrs: peer.allowed_ips.clone(),
                 endpoint,
                 persistent_keepalive: peer.persistent_keepalive,
-                secret: match peer.preshared {
-                    Preshared::Of(secret) => Some(secret),
-                    Preshared::None | Preshared::Foreign => None,
+                secrets: match peer.preshared {
+                    Preshared::Of(secret) => BTreeMap::from([(*key, secret)]),
+                    Preshared::None | Preshared::Foreign => BTreeMap::new(),
                 },
                 mtu: routes.iter().filter_map(|route| route.mtu).min(),
             };
             let known = found.remove(&peer.allowed_ips);
             let merged = match known {
-                Some(known) => merge(known, (used, recovered)),
+                Some(known) => merge(known, (used, recovered), age),
                 None => (used, recovered),
             };
             found.insert(peer.allowed_ips.clone(), merged);
@@ -68,8 +76,12 @@ pub(super) fn recover(observed: &Observed) -> Vec<Recovered> {
     found.into_values().map(|(_, recovered)| recovered).collect()
 }
 
-/// Two sessions with the same node: the one that packets go by, with the other one's key.
-fn merge(known: (bool, Recovered), other: (bool, Recovered)) -> (bool, Recovered) {
+/// Two sessions with the same node: the one that packets go by, with what the other one adds.
+fn merge(
+    known: (bool, Recovered),
+    other: (bool, Recovered),
+    age: impl Fn(SecretId) -> Option<usize>,
+) -> (bool, Recovered) {
     let ((used, mut first), (_, second)) =
         if other.0 && !known.0 { (other, known) } else { (known, other) };
     // The same key twice, on devices of two keys of ours, tells nothing more.
@@ -77,9 +89,17 @@ fn merge(known: (bool, Recovered), other: (bool, Recovered)) -> (bool, Recovered
         recovered.session.peer_parity() != first.session.peer_parity()
             && recovered.public_key != first.public_key
     };
-    let second_key = differs(&second).then_some(second.public_key);
-    first.other_key = first.other_key.or(second_key).or(second.other_key);
-    first.other_key = first.other_key.filter(|key| *key != first.public_key);
+    let second_key = differs(&second).then_some((second.public_key, second.handshake_age));
+    // One that was left by a crash, before it was removed, has the older handshake.
+    let others = [first.other_key, second_key, second.other_key].into_iter().flatten();
+    let others = others.filter(|(key, _)| *key != first.public_key);
+    first.other_key = others.min_by_key(|(_, age)| age.unwrap_or(Duration::MAX));
+    for (key, secret) in second.secrets {
+        let newest = first.secrets.entry(key).or_insert(secret);
+        if age(secret) > age(*newest) {
+            *newest = secret;
+        }
+    }
     (used, first)
 }
 
@@ -183,7 +203,7 @@ fn fits<'a>(recovered: &[Recovered], claimants: &[Claimant<'a>]) -> Vec<Fit<'a>>
 
 impl Recovered {
     fn keys(&self) -> impl Iterator<Item = PublicKey> {
-        [self.public_key].into_iter().chain(self.other_key)
+        [self.public_key].into_iter().chain(self.other_key.map(|(key, _)| key))
     }
 
     /// As long as no Node tells more: named by its prefixes, which no Node can be.
@@ -202,7 +222,7 @@ impl Recovered {
         // newer of two, or they would not.
         let parity = self.session.peer_parity();
         let (generation, public_key, next_public_key) = match self.other_key {
-            Some(older) => (1 - parity, older, Some(self.public_key)),
+            Some((older, _)) => (1 - parity, older, Some(self.public_key)),
             None => (parity, self.public_key, None),
         };
         Node {
@@ -213,8 +233,8 @@ impl Recovered {
             generation: Generation::new(generation.into()),
             public_key: Some(public_key),
             next_public_key,
-            secret: self.secret,
-            next_secret: self.secret,
+            secret: self.secrets.get(&public_key).copied(),
+            next_secret: next_public_key.and_then(|key| self.secrets.get(&key)).copied(),
             endpoints,
             port: self.session.reversed().base_port(port).unwrap_or(DEFAULT_PORT),
             transports: BTreeSet::from([Transport::Wireguard]),

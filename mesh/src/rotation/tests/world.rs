@@ -138,6 +138,13 @@ impl Machine {
         self.own.secrets.get(newest).copied()
     }
 
+    fn grow_older(&mut self) {
+        let states = self.observed.links.values_mut().filter_map(|link| link.wireguard.as_mut());
+        for peer in states.flat_map(|state| state.peers.values_mut()) {
+            peer.handshake_age = peer.handshake_age.map(|age| age + TICK);
+        }
+    }
+
     /// Sessions end with their device, its key, or the peer on it.
     fn forget_sessions(&mut self) {
         let observed = &self.observed;
@@ -212,6 +219,9 @@ impl World {
 
     pub(super) fn tick(&mut self) {
         self.now += TICK;
+        for machine in &mut self.machines {
+            machine.grow_older();
+        }
         for index in 0..self.machines.len() {
             self.deliver_events(index);
             self.pass(index);
@@ -264,7 +274,7 @@ impl World {
         let Some(mut agent) = self.machines[index].agent.take() else { return };
         let machine = &mut self.machines[index];
         if !agent.found {
-            agent.topology.recover(&machine.observed);
+            agent.topology.recover(&machine.observed, &machine.own.known_secrets);
             agent.found = true;
         }
         let own_name = machine.own.name.clone();

@@ -19,7 +19,7 @@ fn kernel(nodes: &[NodeRecord]) -> Observed {
 /// What a new agent makes of the Nodes as they are now.
 fn restarted(observed: &Observed, nodes: &[NodeRecord]) -> (Topology, Mesh) {
     let mut topology = Topology::new();
-    topology.recover(observed);
+    topology.recover(observed, &[]);
     let mesh = resolve(&mut topology, nodes);
     (topology, mesh)
 }
@@ -148,7 +148,7 @@ fn what_changed_while_no_agent_ran_is_followed() {
 fn before_the_nodes_are_known_the_peers_of_the_kernel_stay() {
     let observed = kernel(&nodes());
     let mut topology = Topology::new();
-    topology.recover(&observed);
+    topology.recover(&observed, &[]);
     let mesh = topology.recovered();
     assert_eq!(changes(&observed, &mesh), []);
     let first = "(10.244.2.0/24, fd00:10:244:2::/64)";
