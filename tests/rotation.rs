@@ -117,6 +117,8 @@ fn a_key_is_replaced_without_losing_a_packet() {
         (said.len() == 2).then_some(said)
     });
     assert!(said[0].contains("2 of 2 peers moved"), "{said:?}");
+    let all = lab.api().unwrap().events().unwrap();
+    assert!(all.iter().all(|event| event["type"] == "Normal"), "{all:#?}");
     assert_eq!(condition(&lab, "node-1"), None);
     let log = node.agent_log().unwrap();
     assert!(log.contains("key rotation begins") && log.contains("now 1"), "{log}");

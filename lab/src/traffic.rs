@@ -1,6 +1,8 @@
 //! Numbered UDP packets between pods: what was sent, and what of it arrived, once and
 //! unchanged. The proof of no loss.
 
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -77,12 +79,16 @@ impl FlowReport {
 }
 
 /// Running traffic. Ends when it is dropped.
+///
+/// A pod has one thread that sends to all others and one that receives from them, so that the
+/// packets cost the machine more than their generator does.
 #[derive(Debug)]
 pub struct Traffic {
-    window: u64,
     stop_sending: Arc<AtomicBool>,
     stop_receiving: Arc<AtomicBool>,
     flows: Vec<Flow>,
+    senders: Vec<JoinHandle<Vec<Sent>>>,
+    receivers: Vec<JoinHandle<Vec<Received>>>,
 }
 
 #[derive(Debug)]
@@ -90,20 +96,27 @@ struct Flow {
     from: String,
     to: String,
     address: IpAddr,
-    sent: Arc<AtomicU64>,
-    received: Arc<AtomicU64>,
-    sender: Option<JoinHandle<Sent>>,
-    receiver: Option<JoinHandle<Received>>,
+    counters: Arc<Counters>,
 }
 
+#[derive(Debug, Default)]
+struct Counters {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+/// What became of the flow with this index.
 #[derive(Debug, Default, Clone, Copy)]
 struct Sent {
+    flow: usize,
     packets: u64,
     refused: u64,
 }
 
+/// What became of the flow with this index.
 #[derive(Debug, Default, Clone, Copy)]
 struct Received {
+    flow: usize,
     different: u64,
     duplicated: u64,
     corrupt: u64,
@@ -124,28 +137,23 @@ impl Traffic {
         rate: Rate,
         window: u64,
     ) -> Result<Self, LabError> {
-        let mut traffic = Self {
-            window,
-            stop_sending: Arc::default(),
-            stop_receiving: Arc::default(),
-            flows: Vec::new(),
-        };
+        let mut crew = Crew::new(rate, window);
         for (a, b) in pairs {
             for (from, to) in [(a, b), (b, a)] {
                 for (source, target) in from.addresses().into_iter().zip(to.addresses()) {
-                    traffic.add(from, to, source, target, rate)?;
+                    crew.add(from, to, source, target)?;
                 }
             }
         }
-        Ok(traffic)
+        crew.start()
     }
 
     /// Packets sent and received so far, over all flows.
     pub fn so_far(&self) -> (u64, u64) {
-        let sum = |counter: fn(&Flow) -> &AtomicU64| {
-            self.flows.iter().map(|flow| counter(flow).load(Ordering::Relaxed)).sum()
+        let sum = |counter: fn(&Counters) -> &AtomicU64| {
+            self.flows.iter().map(|flow| counter(&flow.counters).load(Ordering::Relaxed)).sum()
         };
-        (sum(|flow| &flow.sent), sum(|flow| &flow.received))
+        (sum(|counters| &counters.sent), sum(|counters| &counters.received))
     }
 
     /// Stops sending, gives what is still on its way `grace`, and reports each flow.
@@ -155,33 +163,68 @@ impl Traffic {
 
     fn end(&mut self, grace: Duration) -> Vec<FlowReport> {
         self.stop_sending.store(true, Ordering::Relaxed);
-        let mut flows = std::mem::take(&mut self.flows);
-        let sent: Vec<Sent> = flows.iter_mut().map(|flow| result(flow.sender.take())).collect();
+        let mut sent = results(&mut self.senders);
+        sent.sort_by_key(|sent| sent.flow);
         let all_arrived = || {
-            let mut pairs = flows.iter().zip(&sent);
+            let mut pairs = self.flows.iter().zip(&sent);
             pairs
-                .all(|(flow, sent)| flow.received.load(Ordering::Relaxed) >= sent.packets)
+                .all(|(flow, sent)| flow.counters.received.load(Ordering::Relaxed) >= sent.packets)
                 .then_some(())
         };
         // Whether all arrived in time is what the report says.
         let _ = until(Instant::now() + grace, all_arrived);
         self.stop_receiving.store(true, Ordering::Relaxed);
-        let reports = flows.iter_mut().zip(sent).map(|(flow, sent)| {
-            let received = result(flow.receiver.take());
-            FlowReport {
-                from: std::mem::take(&mut flow.from),
-                to: std::mem::take(&mut flow.to),
-                address: flow.address,
-                sent: sent.packets,
-                received: received.different,
-                lost: sent.packets.saturating_sub(received.different),
-                duplicated: received.duplicated,
-                corrupt: received.corrupt,
-                refused: sent.refused,
-                longest_gap_ms: received.longest_gap.as_millis().try_into().unwrap_or(u64::MAX),
-            }
-        });
-        reports.collect()
+        let mut received = results(&mut self.receivers);
+        received.sort_by_key(|received| received.flow);
+        let flows = std::mem::take(&mut self.flows);
+        let all = flows.into_iter().zip(sent).zip(received);
+        all.map(|((flow, sent), received)| report(flow, sent, received)).collect()
+    }
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        self.end(Duration::ZERO);
+    }
+}
+
+fn report(flow: Flow, sent: Sent, received: Received) -> FlowReport {
+    FlowReport {
+        from: flow.from,
+        to: flow.to,
+        address: flow.address,
+        sent: sent.packets,
+        received: received.different,
+        lost: sent.packets.saturating_sub(received.different),
+        duplicated: received.duplicated,
+        corrupt: received.corrupt,
+        refused: sent.refused,
+        longest_gap_ms: received.longest_gap.as_millis().try_into().unwrap_or(u64::MAX),
+    }
+}
+
+/// The threads to be, one sender and one receiver for each address of a pod.
+struct Crew {
+    rate: Rate,
+    window: u64,
+    stop_sending: Arc<AtomicBool>,
+    stop_receiving: Arc<AtomicBool>,
+    flows: Vec<Flow>,
+    senders: BTreeMap<(String, IpAddr), Sender>,
+    receivers: BTreeMap<(String, IpAddr), Receiver>,
+}
+
+impl Crew {
+    fn new(rate: Rate, window: u64) -> Self {
+        Self {
+            rate,
+            window,
+            stop_sending: Arc::default(),
+            stop_receiving: Arc::default(),
+            flows: Vec::new(),
+            senders: BTreeMap::new(),
+            receivers: BTreeMap::new(),
+        }
     }
 
     fn add(
@@ -190,53 +233,70 @@ impl Traffic {
         to: &Pod<'_>,
         source: IpAddr,
         target: IpAddr,
-        rate: Rate,
     ) -> Result<(), LabError> {
         let failed = |source| LabError::Measure {
             what: format!("send packets from {} to {}", from.name(), to.name()),
             source,
         };
-        let receiving = to.netns().run(|| socket(target))?.map_err(failed)?;
-        let sending = from.netns().run(|| socket(source))?.map_err(failed)?;
-        let port = receiving.local_addr().map_err(failed)?.port();
-        sending.connect(SocketAddr::new(target, port)).map_err(failed)?;
-        let identifier = rand::random();
-        let (sent, received) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
-        let receiver = Receiver {
-            socket: receiving,
-            identifier,
-            payload: rate.payload.max(HEADER),
-            stop: Arc::clone(&self.stop_receiving),
-            count: Arc::clone(&received),
+        let receiver = match self.receivers.entry((to.name(), target)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let socket = to.netns().run(|| socket(target))?.map_err(failed)?;
+                entry.insert(Receiver {
+                    socket,
+                    payload: self.rate.payload.max(HEADER),
+                    stop: Arc::clone(&self.stop_receiving),
+                    flows: HashMap::new(),
+                })
+            }
         };
-        let sender = Sender {
-            socket: sending,
-            identifier,
-            rate,
-            stop: Arc::clone(&self.stop_sending),
-            count: Arc::clone(&sent),
-            arrived: Arc::clone(&received),
-            window: self.window,
+        let sender = match self.senders.entry((from.name(), source)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let socket = from.netns().run(|| socket(source))?.map_err(failed)?;
+                entry.insert(Sender {
+                    socket,
+                    rate: self.rate,
+                    window: self.window,
+                    stop: Arc::clone(&self.stop_sending),
+                    flows: Vec::new(),
+                })
+            }
         };
-        let name = |what| thread::Builder::new().name(format!("{what}-{}", to.name()));
-        let receiver = name("receive").spawn(move || receiver.run()).map_err(failed)?;
-        let sender = name("send").spawn(move || sender.run()).map_err(failed)?;
-        self.flows.push(Flow {
-            from: from.name(),
-            to: to.name(),
-            address: target,
-            sent,
-            received,
-            sender: Some(sender),
-            receiver: Some(receiver),
+        let port = receiver.socket.local_addr().map_err(failed)?.port();
+        let (flow, identifier) = (self.flows.len(), rand::random());
+        let counters = Arc::<Counters>::default();
+        receiver.flows.insert(identifier, Incoming::new(flow, Arc::clone(&counters)));
+        sender.flows.push(Outgoing {
+            to: SocketAddr::new(target, port),
+            identifier,
+            counters: Arc::clone(&counters),
+            sent: Sent { flow, ..Sent::default() },
         });
+        self.flows.push(Flow { from: from.name(), to: to.name(), address: target, counters });
         Ok(())
     }
-}
 
-impl Drop for Traffic {
-    fn drop(&mut self) {
-        self.end(Duration::ZERO);
+    fn start(self) -> Result<Traffic, LabError> {
+        let mut traffic = Traffic {
+            stop_sending: self.stop_sending,
+            stop_receiving: self.stop_receiving,
+            flows: self.flows,
+            senders: Vec::new(),
+            receivers: Vec::new(),
+        };
+        let failed =
+            |source| LabError::Measure { what: "start a thread that counts".to_owned(), source };
+        let name = |what, pod: &str| thread::Builder::new().name(format!("{what}-{pod}"));
+        for ((pod, _), receiver) in self.receivers {
+            let thread = name("receive", &pod).spawn(move || receiver.run()).map_err(failed)?;
+            traffic.receivers.push(thread);
+        }
+        for ((pod, _), sender) in self.senders {
+            let thread = name("send", &pod).spawn(move || sender.run()).map_err(failed)?;
+            traffic.senders.push(thread);
+        }
+        Ok(traffic)
     }
 }
 
@@ -259,10 +319,11 @@ pub fn report_table(reports: &[FlowReport]) -> String {
     table.to_string()
 }
 
-fn result<T: Default>(thread: Option<JoinHandle<T>>) -> T {
-    thread
-        .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-        .unwrap_or_default()
+fn results<T>(threads: &mut Vec<JoinHandle<Vec<T>>>) -> Vec<T> {
+    let ended = threads
+        .drain(..)
+        .flat_map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+    ended.collect()
 }
 
 fn socket(address: IpAddr) -> io::Result<UdpSocket> {
@@ -274,26 +335,25 @@ fn socket(address: IpAddr) -> io::Result<UdpSocket> {
 
 struct Sender {
     socket: UdpSocket,
-    identifier: u64,
     rate: Rate,
-    stop: Arc<AtomicBool>,
-    count: Arc<AtomicU64>,
-    arrived: Arc<AtomicU64>,
     window: u64,
+    stop: Arc<AtomicBool>,
+    flows: Vec<Outgoing>,
+}
+
+struct Outgoing {
+    to: SocketAddr,
+    identifier: u64,
+    counters: Arc<Counters>,
+    sent: Sent,
 }
 
 impl Sender {
-    fn run(self) -> Sent {
-        let mut sent = Sent::default();
+    fn run(mut self) -> Vec<Sent> {
         let mut packet = vec![0; self.rate.payload.max(HEADER)];
         let interval = Duration::from_secs(1) / self.rate.packets_per_second.max(1);
         let mut due = Instant::now();
         while !self.stop.load(Ordering::Relaxed) {
-            let on_their_way = sent.packets.saturating_sub(self.arrived.load(Ordering::Relaxed));
-            if on_their_way >= self.window {
-                thread::sleep(SHORTEST_PAUSE);
-                continue;
-            }
             let now = Instant::now();
             if due > now + SHORTEST_PAUSE {
                 thread::sleep(due - now);
@@ -301,64 +361,99 @@ impl Sender {
             // A sender that was held up does not make up for it with a burst: that would
             // measure queues.
             due = (due + interval).max(now.checked_sub(LONGEST_LAG).unwrap_or(now));
-            fill(&mut packet, self.identifier, sent.packets);
-            if !self.send(&packet) {
-                sent.refused += 1;
+            let mut is_idle = true;
+            for flow in &mut self.flows {
+                if flow.on_their_way() < self.window {
+                    flow.send(&self.socket, &mut packet);
+                    is_idle = false;
+                }
             }
-            sent.packets += 1;
-            self.count.store(sent.packets, Ordering::Relaxed);
+            if is_idle {
+                thread::sleep(SHORTEST_PAUSE);
+            }
         }
-        sent
+        self.flows.into_iter().map(|flow| flow.sent).collect()
+    }
+}
+
+impl Outgoing {
+    fn on_their_way(&self) -> u64 {
+        self.sent.packets.saturating_sub(self.counters.received.load(Ordering::Relaxed))
     }
 
-    /// An error that an earlier packet met is reported to the next call, once, instead of
-    /// sending. It says nothing about this packet.
-    fn send(&self, packet: &[u8]) -> bool {
-        (0..2).any(|_| self.socket.send(packet).is_ok())
+    fn send(&mut self, socket: &UdpSocket, packet: &mut [u8]) {
+        fill(packet, self.identifier, self.sent.packets);
+        if socket.send_to(packet, self.to).is_err() {
+            self.sent.refused += 1;
+        }
+        self.sent.packets += 1;
+        self.counters.sent.store(self.sent.packets, Ordering::Relaxed);
     }
 }
 
 struct Receiver {
     socket: UdpSocket,
-    identifier: u64,
     payload: usize,
     stop: Arc<AtomicBool>,
-    count: Arc<AtomicU64>,
+    /// By identifier.
+    flows: HashMap<u64, Incoming>,
+}
+
+struct Incoming {
+    counters: Arc<Counters>,
+    seen: Vec<bool>,
+    last: Option<Instant>,
+    received: Received,
 }
 
 impl Receiver {
-    fn run(self) -> Received {
-        let mut received = Received::default();
-        let mut seen = Vec::new();
-        let mut last: Option<Instant> = None;
+    fn run(mut self) -> Vec<Received> {
         let mut packet = vec![0; (1 << 16) + 1];
         let mut expected = vec![0; self.payload];
         // Without a time limit the thread would never end, and the traffic with it.
-        if self.socket.set_read_timeout(Some(TICK)).is_err() {
-            return received;
-        }
-        loop {
-            let Ok(length) = self.socket.recv(&mut packet) else {
-                if self.stop.load(Ordering::Relaxed) {
-                    return received;
+        if self.socket.set_read_timeout(Some(TICK)).is_ok() {
+            loop {
+                match self.socket.recv(&mut packet) {
+                    Ok(length) => self.take(&packet[..length], &mut expected),
+                    Err(_) if self.stop.load(Ordering::Relaxed) => break,
+                    Err(_) => {}
                 }
-                continue;
-            };
-            let number = packet[8..HEADER].try_into().map_or(u64::MAX, u64::from_be_bytes);
-            fill(&mut expected, self.identifier, number);
-            if packet[..length] != expected {
-                received.corrupt += 1;
-                continue;
             }
-            let now = Instant::now();
-            let gap = last.replace(now).map_or(Duration::ZERO, |last| now - last);
-            received.longest_gap = received.longest_gap.max(gap);
-            if mark(&mut seen, number) {
-                received.different += 1;
-                self.count.store(received.different, Ordering::Relaxed);
-            } else {
-                received.duplicated += 1;
-            }
+        }
+        self.flows.into_values().map(|flow| flow.received).collect()
+    }
+
+    fn take(&mut self, packet: &[u8], expected: &mut [u8]) {
+        let word = |at: usize| {
+            let bytes = packet.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+            bytes.map_or(u64::MAX, u64::from_be_bytes)
+        };
+        let (identifier, number) = (word(0), word(8));
+        let Some(flow) = self.flows.get_mut(&identifier) else {
+            // Nobody's: it counts against one of those that it may have been for.
+            self.flows.values_mut().take(1).for_each(|flow| flow.received.corrupt += 1);
+            return;
+        };
+        fill(expected, identifier, number);
+        if packet == expected { flow.count(number) } else { flow.received.corrupt += 1 }
+    }
+}
+
+impl Incoming {
+    fn new(flow: usize, counters: Arc<Counters>) -> Self {
+        let received = Received { flow, ..Received::default() };
+        Self { counters, seen: Vec::new(), last: None, received }
+    }
+
+    fn count(&mut self, number: u64) {
+        let now = Instant::now();
+        let gap = self.last.replace(now).map_or(Duration::ZERO, |last| now - last);
+        self.received.longest_gap = self.received.longest_gap.max(gap);
+        if mark(&mut self.seen, number) {
+            self.received.different += 1;
+            self.counters.received.store(self.received.different, Ordering::Relaxed);
+        } else {
+            self.received.duplicated += 1;
         }
     }
 }

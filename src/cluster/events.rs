@@ -62,6 +62,18 @@ impl Reason {
             Self::NodeAdvice => "NodeAdvice",
         }
     }
+
+    /// Kubernetes' type of the Event: a key that is replaced is no reason to worry.
+    fn kind(self) -> &'static str {
+        match self {
+            Self::KeyRotation | Self::KeyRotated => "Normal",
+            Self::PeerRefused
+            | Self::OptionIgnored
+            | Self::PlaintextPeer
+            | Self::RotationBlocked
+            | Self::NodeAdvice => "Warning",
+        }
+    }
 }
 
 /// Takes notes without ever waiting.
@@ -126,7 +138,7 @@ fn event(node: &str, note: &Note, now: Timestamp) -> Event {
             uid: Some(note.node_uid.clone()),
             ..ObjectReference::default()
         },
-        type_: Some("Warning".to_owned()),
+        type_: Some(note.reason.kind().to_owned()),
         reason: Some(note.reason.as_str().to_owned()),
         message: Some(message),
         source: Some(EventSource {
