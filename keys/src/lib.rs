@@ -19,7 +19,7 @@ mod store;
 pub use generation::Generation;
 #[cfg(feature = "private")]
 pub use key::PrivateKey;
-pub use public::{PublicKey, PublicKeyError, is_low_order};
+pub use public::{PublicKey, PublicKeyError};
 #[cfg(feature = "private")]
 pub use ring::{Answer, KeyRing};
 #[cfg(feature = "private")]

@@ -55,7 +55,7 @@ const fn with_ends(first: u8, middle: u8, last: u8) -> [u8; 32] {
 
 /// Whether X25519 with this point gives a shared secret that everybody knows, whatever the
 /// private key. The top bit is ignored, as X25519 does.
-pub fn is_low_order(point: &[u8; 32]) -> bool {
+fn is_low_order(point: &[u8; 32]) -> bool {
     let mut masked = *point;
     masked[31] &= 0x7f;
     LOW_ORDER.contains(&masked)

@@ -47,6 +47,7 @@ enum SetupError {
 }
 
 pub(super) fn run(args: Args) -> Result<(), Failure> {
+    gambeson_tunnel::keep_memory_private()?;
     log()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

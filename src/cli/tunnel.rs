@@ -5,7 +5,9 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use gambeson_tunnel::{DEFAULT_MTU, Options, Tunnel, TunnelError};
+use gambeson_tunnel::{
+    DEFAULT_MTU, Options, Tunnel, TunnelError, keep_descriptors, keep_memory_private,
+};
 use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, setsid};
 use tracing_subscriber::EnvFilter;
 
@@ -79,6 +81,7 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
 }
 
 fn serve(args: &Args) -> Result<(), Failure> {
+    keep_memory_private()?;
     start_log(args)?;
     let mut options = Options::new(&args.name);
     options.mtu = args.mtu;
@@ -103,9 +106,7 @@ fn failure(error: TunnelError) -> Failure {
 
 fn start_log(args: &Args) -> Result<(), Failure> {
     let level = args.log_level.clone().or_else(|| std::env::var("LOG_LEVEL").ok());
-    // The engine reports each expired session as an error.
-    let filter = format!("{},boringtun=off", level.as_deref().unwrap_or("info"));
-    let filter = EnvFilter::try_new(filter).map_err(|error| {
+    let filter = EnvFilter::try_new(level.as_deref().unwrap_or("info")).map_err(|error| {
         let remedy = "give --log-level a log filter such as info or debug";
         Failure::new(Exit::Usage, format!("{error}; {remedy}"))
     })?;
@@ -126,6 +127,7 @@ fn start_log(args: &Args) -> Result<(), Failure> {
 /// Starts this program again in a session of its own and waits until it says that it is
 /// ready, or has failed and said why.
 fn start_in_background(args: &Args) -> Result<(), Failure> {
+    keep_descriptors()?;
     let mut command = Command::new("/proc/self/exe");
     command.arg0("gambeson").args(["tunnel", "--background-child", &args.name]);
     command.arg(format!("--mtu={}", args.mtu));

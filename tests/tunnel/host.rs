@@ -86,6 +86,28 @@ impl Host {
         self.sh(&format!("pgrep -f '^gambeson tunnel --background-child {name}( |$)'"))
     }
 
+    /// How often each of these is in the memory of a tunnel, as bytes or in hexadecimal.
+    pub(super) fn find_in_memory(&self, name: &str, secrets: &[[u8; 32]]) -> Vec<usize> {
+        let memory = self.memory(&self.tunnel_pid(name));
+        let find = |what: &[u8]| memory.windows(what.len()).filter(|bytes| *bytes == what).count();
+        let hexadecimal = |secret: &[u8; 32]| {
+            secret.iter().map(|byte| format!("{byte:02x}")).collect::<String>().into_bytes()
+        };
+        secrets.iter().map(|secret| find(secret) + find(&hexadecimal(secret))).collect()
+    }
+
+    /// All that a process may write to, one mapping after the other.
+    fn memory(&self, pid: &str) -> Vec<u8> {
+        let script = format!(
+            "while read range rights rest; do case $rights in rw*) \
+                 from=$((16#${{range%-*}})); to=$((16#${{range#*-}})); \
+                 dd if=/proc/{pid}/mem bs=4096 skip=$((from/4096)) count=$(((to-from)/4096)) \
+                     2> /dev/null;; \
+             esac; done < /proc/{pid}/maps; true"
+        );
+        self.command("bash").args(["-c", &script]).output().expect("bash can be run").stdout
+    }
+
     pub(super) fn link_exists(&self, name: &str) -> bool {
         self.attempt(&format!("ip link show {name}")).status.success()
     }
@@ -130,15 +152,20 @@ pub(super) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Two hosts on one wire: `eth0` with 192.0.2.1 and .2, 2001:db8::1 and ::2.
-pub(super) fn wired() -> (Host, Host) {
-    let (a, b) = (Host::new(), Host::new());
+/// A wire between two hosts, with this name at both ends, down.
+pub(super) fn wire(name: &str, a: &Host, b: &Host) {
     let status = Command::new("ip")
-        .args(["link", "add", "eth0", "netns", &a.init.to_string(), "type", "veth"])
-        .args(["peer", "name", "eth0", "netns", &b.init.to_string()])
+        .args(["link", "add", name, "netns", &a.init.to_string(), "type", "veth"])
+        .args(["peer", "name", name, "netns", &b.init.to_string()])
         .status()
         .expect("ip (apt-get install iproute2)");
     assert!(status.success());
+}
+
+/// Two hosts on one wire: `eth0` with 192.0.2.1 and .2, 2001:db8::1 and ::2.
+pub(super) fn wired() -> (Host, Host) {
+    let (a, b) = (Host::new(), Host::new());
+    wire("eth0", &a, &b);
     for (host, n) in [(&a, 1), (&b, 2)] {
         host.sh(&format!(
             "ip addr add 192.0.2.{n}/24 dev eth0 && ip addr add 2001:db8::{n}/64 dev eth0 nodad \
@@ -200,7 +227,7 @@ impl Pair {
 }
 
 /// A private and its public key.
-fn keys(host: &Host) -> (String, String) {
+pub(super) fn keys(host: &Host) -> (String, String) {
     let private = host.sh("wg genkey");
     let public = host.sh_with("wg pubkey", &private);
     (private, public)

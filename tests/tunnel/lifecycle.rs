@@ -1,3 +1,6 @@
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
 use super::host::{GAMBESON, Host, wait_for};
 
 /// What a failing start says, and its exit code.
@@ -158,4 +161,51 @@ fn a_name_that_no_device_can_have_is_refused() {
         let (_, said) = refused(&host, &format!("{GAMBESON} tunnel {name}"));
         assert!(said.contains("is not a device name"), "{name}: {said}");
     }
+}
+
+#[test]
+fn it_takes_no_descriptors_along_and_dumps_no_core() {
+    let host = Host::new();
+    let script =
+        format!("ulimit -c unlimited; exec 9< /etc/passwd; {GAMBESON} tunnel wg0; exec 9<&-");
+    host.sh(&script);
+    let pid = host.tunnel_pid("wg0");
+    let open = host.sh(&format!("ls -l /proc/{pid}/fd"));
+    assert!(!open.contains("/etc/passwd"), "{open}");
+    let limit = host.sh(&format!("grep 'Max core file size' /proc/{pid}/limits"));
+    assert!(
+        limit.split_whitespace().eq(["Max", "core", "file", "size", "0", "0", "bytes"]),
+        "{limit}"
+    );
+}
+
+#[test]
+fn it_ends_cleanly_by_any_of_the_signals_that_end_a_process() {
+    let host = Host::new();
+    for signal in ["TERM", "INT", "HUP", "QUIT"] {
+        host.tunnel("wg0");
+        let pid = host.tunnel_pid("wg0");
+        host.sh(&format!("kill -{signal} {pid}"));
+        host.wait_for_end_of("wg0");
+    }
+}
+
+#[test]
+fn keys_are_gone_from_memory_when_they_are_removed() {
+    let host = Host::new();
+    host.tunnel("wg0");
+    let key = |byte: u8| STANDARD.encode([byte; 32]);
+    let (private, preshared, peer) = (key(0x58), key(0xa7), key(9));
+    let give = "{ read private; read preshared; \
+                wg set wg0 private-key <(echo $private) peer $PEER preshared-key <(echo $preshared) \
+                allowed-ips 10.9.0.2/32 endpoint 192.0.2.2:1; }";
+    let give = give.replace("$PEER", &peer);
+    host.sh_with(&give, &format!("{private}\n{preshared}\n"));
+    let secrets = [[0x58; 32], [0xa7; 32]];
+    let found = host.find_in_memory("wg0", &secrets);
+    assert!(found.iter().all(|count| *count > 0), "{found:?}");
+    host.sh(&format!("wg set wg0 private-key /dev/null peer {peer} remove"));
+    wait_for("keys to be gone from memory", || {
+        host.find_in_memory("wg0", &secrets).iter().all(|count| *count == 0)
+    });
 }

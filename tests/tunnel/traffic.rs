@@ -1,4 +1,4 @@
-use super::host::{Host, Pair, wait_for};
+use super::host::{Host, Pair, keys, wait_for, wire};
 
 #[test]
 fn packets_pass_and_wg_shows_them() {
@@ -165,4 +165,64 @@ fn a_device_moved_to_another_namespace_works_there() {
     });
     pair.a.sh("ip -n inner link del wg0");
     pair.a.wait_for_end_of("wg0");
+}
+
+#[test]
+fn an_uplink_that_fails_over_is_left_at_once() {
+    let pair = Pair::over_ipv4();
+    let (a, b) = (&pair.a, &pair.b);
+    second_wire(a, b);
+    // The peer is behind both wires, and the default route says which one is used.
+    b.sh("ip addr add 203.0.113.2/32 dev lo");
+    a.sh("ip route add default via 192.0.2.2");
+    a.sh(&format!("wg set wg0 peer {} endpoint 203.0.113.2:5002", pair.key_b));
+    a.wait_for_ping("10.9.0.2");
+    b.wait_for_ping("10.9.0.1");
+    // The first one is cut; its address stays where it is.
+    b.sh("ip link set eth0 down");
+    a.sh("ip route replace default via 198.51.100.2");
+    let said = a.sh("ping -n -q -i 0.1 -c 20 -W 2 10.9.0.2 || true");
+    let received = said.split(", ").find_map(|part| part.strip_suffix(" received"));
+    let received: u32 = received.and_then(|number| number.parse().ok()).unwrap();
+    assert!(received >= 16, "{said}");
+    assert_eq!(b.sh("wg show wg0 endpoints | cut -f2"), "198.51.100.1:5001");
+}
+
+#[test]
+fn a_peer_behind_a_slow_link_does_not_starve_the_others() {
+    let pair = Pair::over_ipv4();
+    let (a, slow, fast) = (&pair.a, &pair.b, Host::new());
+    second_wire(a, &fast);
+    let (key, public) = keys(&fast);
+    fast.tunnel("wg0");
+    fast.sh_with(
+        &format!(
+            "wg set wg0 listen-port 5003 private-key /dev/stdin peer {} allowed-ips 10.9.0.1/32 \
+             && ip addr add 10.9.0.3/24 dev wg0 && ip link set wg0 up",
+            pair.key_a
+        ),
+        &key,
+    );
+    let set = "allowed-ips 10.9.0.3/32 endpoint 198.51.100.2:5003";
+    a.sh(&format!("wg set wg0 peer {public} {set}"));
+    a.wait_for_ping("10.9.0.2");
+    a.wait_for_ping("10.9.0.3");
+    // A queue longer than a socket's buffer, and somebody who fills it.
+    a.sh("tc qdisc add dev eth0 root tbf rate 10mbit burst 32k limit 64m");
+    let mut flood = a.command("timeout");
+    flood.args(["6", "socat", "-u", "-b1300", "OPEN:/dev/zero", "UDP4-SENDTO:10.9.0.2:9"]);
+    let mut flood = flood.spawn().expect("socat (apt-get install socat)");
+    a.sh("sleep 2");
+    let said = a.sh("ping -n -q -i 0.05 -c 60 -W 1 10.9.0.3 || true");
+    flood.wait().unwrap();
+    assert!(said.contains("60 received"), "{said}");
+    assert!(slow.link_exists("wg0"));
+}
+
+/// Another wire between two hosts: `eth1` with 198.51.100.1 and .2.
+fn second_wire(a: &Host, b: &Host) {
+    wire("eth1", a, b);
+    for (host, n) in [(a, 1), (b, 2)] {
+        host.sh(&format!("ip addr add 198.51.100.{n}/24 dev eth1 && ip link set eth1 up"));
+    }
 }

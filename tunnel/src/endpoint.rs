@@ -16,8 +16,8 @@ pub struct Endpoint {
 pub struct Source {
     /// The address.
     pub ip: IpAddr,
-    /// Index of the interface that a link-local address is on, otherwise 0: other sources do
-    /// not tie the route to an interface.
+    /// Index of the interface that the peer's message came in by. Only a link-local address
+    /// ties the route to it; others are let go of when the route leads elsewhere.
     pub interface: u32,
 }
 
@@ -39,7 +39,14 @@ impl Endpoint {
 impl Source {
     /// This address, on this interface.
     pub fn new(ip: IpAddr, interface: u32) -> Self {
-        let link_local = matches!(ip, IpAddr::V6(v6) if v6.is_unicast_link_local());
-        Self { ip, interface: if link_local { interface } else { 0 } }
+        Self { ip, interface }
+    }
+
+    /// The interface that datagrams have to leave by, 0 for any.
+    pub(crate) fn scope(&self) -> u32 {
+        match self.ip {
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => self.interface,
+            _ => 0,
+        }
     }
 }

@@ -4,16 +4,19 @@
 //! `wg-quick` and `wireguard-control` talk to, and moves packets until the device is deleted
 //! or a signal asks for the end. [`Device`] is the same without I/O.
 //!
-//! Three plain threads move bytes and settings: `outbound` reads the TUN device, seals and
-//! sends; `inbound` receives, opens and writes to the TUN device; `config` serves the
-//! configuration socket. The calling thread runs timers and watches signals and links.
+//! Four plain threads move bytes and settings: `outbound` reads the TUN device, seals and
+//! sends; `inbound` receives, opens and writes to the TUN device; `handshakes` answers what is
+//! not data; `config` serves the configuration socket. The calling thread runs timers and watches signals and links.
 
 mod allowed_ips;
 mod batch;
 mod device;
 mod endpoint;
 mod error;
+mod handshakes;
+mod netlink;
 mod noise;
+mod process;
 mod shared;
 mod tun;
 mod tunnel;
@@ -27,4 +30,5 @@ pub use device::{
 };
 pub use endpoint::{Endpoint, Source};
 pub use error::TunnelError;
+pub use process::{keep_descriptors, keep_memory_private};
 pub use tunnel::{DEFAULT_MTU, Options, SOCKET_DIRECTORY, Tunnel, run};

@@ -10,6 +10,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::batch::Outbox;
 use crate::device::{Device, DeviceUpdate};
+use crate::netlink::Routes;
 use crate::tun::Tun;
 use crate::uapi::Configurable;
 use crate::udp::Sockets;
@@ -21,6 +22,7 @@ pub(crate) struct Shared {
     pub(crate) stop: Stop,
     /// Says that the sockets are others now.
     pub(crate) rebound: Event,
+    routes: Routes,
     sockets: RwLock<Option<Arc<Sockets>>>,
     settings: Mutex<Settings>,
 }
@@ -53,6 +55,7 @@ impl Shared {
             tun,
             stop: Stop { event: Event::new()?, end: Mutex::new(None) },
             rebound: Event::new()?,
+            routes: Routes::open()?,
             sockets: RwLock::default(),
             settings: Mutex::default(),
         })
@@ -70,6 +73,15 @@ impl Shared {
         if let Some(sockets) = self.sockets() {
             sockets.send(outbox, &self.device);
         }
+    }
+
+    /// Stops replying from addresses that the routes do not lead over any more.
+    pub(crate) fn check_sources(&self) {
+        let fwmark = self.settings.lock().fwmark;
+        self.device.keep_sources(|to, source| {
+            source.scope() != 0
+                || self.routes.interface(source.ip, to, fwmark) == Some(source.interface)
+        });
     }
 
     /// Follows the TUN device: its MTU, and whether it is up.
@@ -161,10 +173,15 @@ impl Configurable for Shared {
         {
             current.set_fwmark(fwmark).map_err(|error| errno(&error))?;
         }
+        let is_another_way =
+            sockets.is_some() || update.fwmark.is_some_and(|fwmark| fwmark != settings.fwmark);
         settings.fwmark = update.fwmark.unwrap_or(settings.fwmark);
         settings.listen_port = update.listen_port.unwrap_or(settings.listen_port);
         if let Some(sockets) = sockets {
             self.rebind(sockets);
+        }
+        if is_another_way {
+            self.device.keep_sources(|_, _| false);
         }
         let mut outbox = Outbox::new();
         self.device.apply(update, &mut outbox);

@@ -15,8 +15,10 @@ use std::os::unix::net::UnixStream;
 use crate::batch::Outbox;
 use crate::device::TICK;
 use crate::error::TunnelError;
+use crate::handshakes;
+use crate::netlink;
 use crate::shared::{End, Shared};
-use crate::tun::{self, Tun};
+use crate::tun::Tun;
 use crate::uapi::{self, Listener};
 use crate::worker;
 
@@ -58,7 +60,8 @@ pub struct Tunnel {
     listener: Arc<Listener>,
     threads: Vec<JoinHandle<()>>,
     signals: SignalFd,
-    links: OwnedFd,
+    /// Says that links, addresses, routes or rules have changed.
+    network: OwnedFd,
     started: Instant,
 }
 
@@ -71,14 +74,14 @@ pub fn run(options: &Options) -> Result<(), TunnelError> {
 }
 
 impl Tunnel {
-    /// Makes the device and serves its configuration socket. SIGTERM, SIGINT and SIGHUP are
-    /// blocked in the calling thread and those it makes, and end the tunnel.
+    /// Makes the device and serves its configuration socket. SIGTERM, SIGINT, SIGHUP and SIGQUIT
+    /// are blocked in the calling thread and those it makes, and end the tunnel.
     ///
     /// # Errors
     /// [`TunnelError`], with nothing left behind.
     pub fn start(options: &Options) -> Result<Self, TunnelError> {
         let signals = block_signals().map_err(TunnelError::system("wait for signals"))?;
-        let links = tun::watch_links().map_err(TunnelError::system("watch links"))?;
+        let network = netlink::watch().map_err(TunnelError::system("watch the network"))?;
         let tun = Tun::create(&options.name, options.mtu, options.alias.as_deref())?;
         let listener = Listener::bind(&options.socket_directory, &options.name)?;
         let shared = Shared::new(tun, options.mtu as usize)
@@ -88,11 +91,14 @@ impl Tunnel {
             listener: Arc::new(listener),
             threads: Vec::new(),
             signals,
-            links,
+            network,
             started: Instant::now(),
         };
         tunnel.spawn("outbound", |shared, _| worker::outbound(shared))?;
-        tunnel.spawn("inbound", |shared, _| worker::inbound(shared))?;
+        let (queue, waiting) = handshakes::queue();
+        tunnel.spawn("handshakes", move |shared, _| handshakes::answer(shared, &waiting))?;
+        // The other end of the queue goes with this thread, and ends the one before.
+        tunnel.spawn("inbound", move |shared, _| worker::inbound(shared, &queue))?;
         tunnel.spawn("config", accept)?;
         Ok(tunnel)
     }
@@ -119,7 +125,8 @@ impl Tunnel {
         let mut outbox = Outbox::new();
         let mut next_tick = Instant::now() + TICK;
         let mut next_look = Instant::now();
-        let descriptors = [self.signals.as_fd(), self.shared.stop.as_fd(), self.links.as_fd()];
+        let descriptors = [self.signals.as_fd(), self.shared.stop.as_fd(), self.network.as_fd()];
+        let mut has_changed = false;
         loop {
             if let Some(end) = self.shared.stop.reason() {
                 return end;
@@ -130,8 +137,9 @@ impl Tunnel {
             match worker::wait_for(&descriptors, timeout.unwrap_or(PollTimeout::ZERO)) {
                 Some(ready) if ready[0] => self.shared.stop.now(End::Asked),
                 Some(ready) if ready[2] => {
-                    tun::drain(&self.links);
+                    netlink::drain(&self.network);
                     self.shared.follow_link();
+                    has_changed = true;
                 }
                 Some(_) => {}
                 None => self.shared.stop.now(End::Fault("control")),
@@ -139,6 +147,9 @@ impl Tunnel {
             let now = Instant::now();
             if now >= next_tick {
                 next_tick = now + TICK;
+                if std::mem::take(&mut has_changed) {
+                    self.shared.check_sources();
+                }
                 outbox.clear();
                 self.shared.device.tick(self.started.elapsed(), &mut outbox);
                 self.shared.send(&outbox);
@@ -155,7 +166,7 @@ impl Tunnel {
     fn spawn(
         &mut self,
         name: &'static str,
-        body: fn(&Arc<Shared>, &Listener),
+        body: impl FnOnce(&Arc<Shared>, &Listener) + Send + 'static,
     ) -> Result<(), TunnelError> {
         let shared = Arc::clone(&self.shared);
         let listener = Arc::clone(&self.listener);
@@ -192,7 +203,7 @@ impl Drop for StopOnDrop<'_> {
 
 fn block_signals() -> io::Result<SignalFd> {
     let mut signals = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT] {
         signals.add(signal);
     }
     signals.thread_block()?;

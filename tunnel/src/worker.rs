@@ -6,6 +6,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::batch::{Batch, Outbox};
+use crate::handshakes::Handshakes;
 use crate::shared::{End, Shared};
 use crate::tun::Alive;
 use crate::udp::Receiver;
@@ -37,8 +38,9 @@ pub(crate) fn outbound(shared: &Shared) {
     }
 }
 
-/// Opens what the UDP sockets receive, until the tunnel ends.
-pub(crate) fn inbound(shared: &Shared) {
+/// Opens what the UDP sockets receive, until the tunnel ends. Handshake messages are left to
+/// another thread.
+pub(crate) fn inbound(shared: &Shared, handshakes: &Handshakes) {
     let mut receiver = Receiver::new();
     let mut packets = Batch::new();
     let mut outbox = Outbox::new();
@@ -60,7 +62,7 @@ pub(crate) fn inbound(shared: &Shared) {
                 break;
             }
             for (descriptor, _) in descriptors[2..].iter().zip(&ready[2..]).filter(|(_, r)| **r) {
-                receive(shared, *descriptor, &mut receiver, &mut packets, &mut outbox);
+                receive(shared, *descriptor, &mut receiver, &mut packets, &mut outbox, handshakes);
             }
         }
     }
@@ -74,6 +76,7 @@ fn receive(
     receiver: &mut Receiver,
     packets: &mut Batch,
     outbox: &mut Outbox,
+    handshakes: &Handshakes,
 ) {
     if let Err(error) = receiver.receive(socket) {
         tracing::debug!(%error, "receive failed");
@@ -84,7 +87,7 @@ fn receive(
     }
     packets.clear();
     outbox.clear();
-    shared.device.open(receiver.datagrams(), packets, outbox);
+    shared.device.open(receiver.datagrams(), packets, outbox, |message| handshakes.push(message));
     shared.tun.write(packets);
     shared.send(outbox);
 }

@@ -15,7 +15,7 @@ use super::{Device, PeerId};
 use crate::allowed_ips::AllowedIps;
 use crate::batch::Outbox;
 use crate::endpoint::Endpoint;
-use crate::noise::Identity;
+use crate::noise::{Identity, Indices};
 
 /// Changes to a device. What is `None` stays as it is.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -134,6 +134,7 @@ impl fmt::Debug for PeerUpdate {
 #[derive(Default)]
 pub(super) struct Config {
     identity: Option<Arc<Identity>>,
+    indices: Arc<Indices>,
     peers: BTreeMap<[u8; 32], Configured>,
     allowed_ips: BTreeMap<IpNet, [u8; 32]>,
     slots: Vec<Option<Arc<Peer>>>,
@@ -228,11 +229,10 @@ impl Device {
             config.remove(identity.public());
         }
         config.identity = identity;
-        let identity = config.identity.as_deref();
         for Configured { peer, .. } in config.peers.values() {
             let mut state = peer.lock();
-            let had_session = state.has_session();
-            state.set_identity(peer.id, &peer.key, identity);
+            let had_session = state.noise.has_session(self.now());
+            state.noise.set_identity(config.identity.as_ref());
             if had_session && self.is_up() {
                 state.rehandshake(peer, self.now(), outbox);
             }
@@ -263,8 +263,8 @@ impl Device {
         if let Some(preshared_key) = &update.preshared_key
             && state.preshared_key != *preshared_key
         {
-            let had_session = state.has_session();
-            state.set_preshared_key(&peer, preshared_key, config.identity.as_deref());
+            let had_session = state.noise.has_session(self.now());
+            state.set_preshared_key(preshared_key);
             if had_session && self.is_up() {
                 state.rehandshake(&peer, self.now(), outbox);
             }
@@ -294,7 +294,11 @@ impl Device {
     }
 
     fn publish(&self, config: &mut Config) {
-        let mut tables = Tables { identity: config.identity.clone(), ..self.tables().share() };
+        let mut tables = Tables {
+            identity: config.identity.clone(),
+            indices: Arc::clone(&config.indices),
+            ..self.tables().share()
+        };
         if std::mem::take(&mut config.peers_changed) {
             tables.slots = Arc::new(config.slots.clone());
             tables.keys = Arc::new(config.ids());
@@ -319,7 +323,8 @@ impl Config {
             self.slots.push(None);
             PeerId(u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX))
         });
-        let peer = Arc::new(Peer::new(id, *key, preshared_key, self.identity.as_deref()));
+        let indices = Arc::clone(&self.indices);
+        let peer = Arc::new(Peer::new(id, *key, preshared_key, indices, self.identity.as_ref()));
         if let Some(slot) = self.slots.get_mut(id.index() as usize) {
             *slot = Some(Arc::clone(&peer));
         }

@@ -21,7 +21,7 @@ pub use tables::PeerId;
 
 use crate::batch::{Batch, MAX_PACKET, Outbox};
 use crate::endpoint::{Endpoint, Source};
-use crate::noise::{Admission, COOKIE_LEN, HANDSHAKE_LEN, Message, OVERHEAD, Opened, Sealed};
+use crate::noise::{COOKIE_LEN, Claimed, Message, Verdict};
 use config::Config;
 use peer::{Peer, State};
 use tables::Tables;
@@ -85,7 +85,7 @@ impl Device {
         for peer in tables.peers() {
             let mut state = peer.lock();
             if !up {
-                state.drop_sessions(tables.identity.as_deref());
+                state.noise.drop_sessions();
             } else if state.keepalive != 0 {
                 state.greet(peer, self.now(), outbox);
             }
@@ -110,46 +110,41 @@ impl Device {
         }
     }
 
-    /// Opens received datagrams: packets for the TUN device go to `packets`, answers to
-    /// `outbox`. What is not authentic, or comes from an address that its peer does not
-    /// own, is dropped.
+    /// Opens received datagrams: packets for the TUN device go to `packets`, what waited for
+    /// a session to `outbox`, and handshake messages to `handshakes`, for [`Device::answer`].
+    /// What is not authentic, or comes from an address that its peer does not own, is dropped.
     pub fn open<'d>(
         &self,
         datagrams: impl IntoIterator<Item = Datagram<'d>>,
         packets: &mut Batch,
         outbox: &mut Outbox,
+        mut handshakes: impl FnMut(Datagram<'d>),
     ) {
         if !self.is_up() {
             return;
         }
         let tables = self.tables();
-        let Some(identity) = tables.identity.as_deref() else { return };
         let now = self.now();
         let mut held = Held::default();
+        let mut last = None;
         for datagram in datagrams {
-            let message = match identity.admit(
-                datagram.from.ip(),
-                datagram.bytes,
-                outbox.space(COOKIE_LEN),
-            ) {
-                Admission::Admitted(message) => message,
-                Admission::Cookie(len) => {
-                    outbox.commit(len, datagram.endpoint(), None);
+            let receiver = match Message::of(datagram.bytes) {
+                Some(Message::Data { receiver }) => receiver,
+                Some(_) => {
+                    handshakes(datagram);
                     continue;
                 }
-                Admission::Refused => continue,
+                None => continue,
             };
-            let peer = match message {
-                Message::Initiation => {
-                    identity.initiator(datagram.bytes).and_then(|key| tables.by_key(&key))
-                }
-                Message::Response { receiver }
-                | Message::Cookie { receiver }
-                | Message::Data { receiver } => tables.by_index(receiver),
+            // Neighbours are mostly of one session.
+            let peer = match last {
+                Some((index, peer)) if index == receiver => peer,
+                _ => tables.by_index(receiver),
             };
+            last = Some((receiver, peer));
             let Some(peer) = peer else { continue };
             let state = held.lock(peer);
-            if let Some(len) = state.open(peer, message, &datagram, now, packets, outbox) {
+            if let Some(len) = state.open(peer, receiver, &datagram, now, packets) {
                 let packet = &packets.space(len)[..len];
                 // The owner of the source over ALL peers: a shorter prefix of this peer does
                 // not let it speak for the owner of a longer one.
@@ -160,7 +155,45 @@ impl Device {
                     tracing::trace!(peer = %peer, "dropped a packet with a foreign source");
                 }
             }
-            state.flush(peer, outbox);
+            state.flush(peer, now, outbox);
+        }
+    }
+
+    /// Answers a handshake message, if it is worth it. It may take 200 us, so it has a thread of
+    /// its own, and data messages do not wait for it.
+    pub fn answer(&self, datagram: Datagram<'_>, outbox: &mut Outbox) {
+        if !self.is_up() {
+            return;
+        }
+        let tables = self.tables();
+        let Some(identity) = tables.identity.as_deref() else { return };
+        let now = self.now();
+        let Some(message) = Message::of(datagram.bytes) else { return };
+        if matches!(message, Message::Initiation | Message::Response { .. }) {
+            let reply = outbox.space(COOKIE_LEN);
+            match identity.check(datagram.from, datagram.bytes, now, reply) {
+                Verdict::Answer => {}
+                Verdict::Cookie(len) => return outbox.commit(len, datagram.endpoint(), None),
+                Verdict::Drop => return,
+            }
+        }
+        match message {
+            Message::Initiation => {
+                let Some(claimed) = Claimed::read(identity, datagram.bytes) else { return };
+                let Some(peer) = tables.by_key(claimed.public()) else { return };
+                peer.lock().open_initiation(peer, claimed, &datagram, now, outbox);
+            }
+            Message::Response { receiver } => {
+                let Some(peer) = tables.by_index(receiver) else { return };
+                let mut state = peer.lock();
+                state.open_response(peer, receiver, &datagram, now, outbox);
+                state.flush(peer, now, outbox);
+            }
+            Message::Cookie { receiver } => {
+                let Some(peer) = tables.by_index(receiver) else { return };
+                peer.lock().noise.open_cookie(datagram.bytes, now);
+            }
+            Message::Data { .. } => {}
         }
     }
 
@@ -170,14 +203,25 @@ impl Device {
         let now = u64::try_from(uptime.as_millis()).unwrap_or(u64::MAX);
         self.clock.store(now, Ordering::Relaxed);
         let tables = self.tables();
-        if let Some(identity) = &tables.identity {
-            identity.reset_load();
-        }
         if !self.is_up() {
             return;
         }
         for peer in tables.peers().filter(|peer| peer.is_awake()) {
             peer.lock().tick(peer, now, outbox);
+        }
+    }
+
+    /// Stops replying from addresses that `keep` refuses. It is asked for each peer that has
+    /// been heard, with that peer's address.
+    pub(crate) fn keep_sources(&self, keep: impl Fn(IpAddr, Source) -> bool) {
+        for peer in self.tables().peers() {
+            let Some(Endpoint { address, source: Some(source) }) = peer.lock().endpoint else {
+                continue;
+            };
+            if !keep(address.ip(), source) {
+                tracing::debug!(peer = %peer, source = %source.ip, "not replying from there");
+                self.forget_source(peer.id, source);
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! One peer: its session engine, where it is, and its counters.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
@@ -9,11 +10,10 @@ use base64::engine::general_purpose::STANDARD;
 use parking_lot::{Mutex, MutexGuard};
 use zeroize::Zeroizing;
 
-use super::{
-    Batch, Datagram, Endpoint, FLUSH_LIMIT, HANDSHAKE_LEN, MAX_PACKET, Message, OVERHEAD, Opened,
-    Outbox, PeerId, Sealed,
+use super::{Batch, Datagram, Endpoint, FLUSH_LIMIT, MAX_PACKET, Outbox, PeerId};
+use crate::noise::{
+    Claimed, HANDSHAKE_LEN, Identity, Indices, Noise, OVERHEAD, Opened, Sealed, Tick,
 };
-use crate::noise::{Identity, Noise, Tick};
 
 /// A peer of the device.
 pub(super) struct Peer {
@@ -26,8 +26,7 @@ pub(super) struct Peer {
 
 /// What changes with each packet of a peer, and its settings.
 pub(super) struct State {
-    /// `None` without a private key of ours, or if the peer's key is of low order.
-    pub(super) noise: Option<Noise>,
+    pub(super) noise: Noise,
     pub(super) preshared_key: Zeroizing<[u8; 32]>,
     pub(super) endpoint: Option<Endpoint>,
     /// Persistent keepalive, seconds; 0 is off.
@@ -45,10 +44,11 @@ impl Peer {
         id: PeerId,
         key: [u8; 32],
         preshared_key: &[u8; 32],
-        identity: Option<&Identity>,
+        indices: Arc<Indices>,
+        identity: Option<&Arc<Identity>>,
     ) -> Self {
-        let mut state = State {
-            noise: None,
+        let state = State {
+            noise: Noise::new(id.index(), indices, &key, preshared_key, identity),
             preshared_key: Zeroizing::new(*preshared_key),
             endpoint: None,
             keepalive: 0,
@@ -57,7 +57,6 @@ impl Peer {
             received: 0,
             sent: 0,
         };
-        state.set_identity(id, &key, identity);
         Self { id, key, awake: AtomicBool::new(false), state: Mutex::new(state) }
     }
 
@@ -81,75 +80,118 @@ impl State {
     pub(super) fn seal(&mut self, peer: &Peer, packet: &[u8], now: u64, outbox: &mut Outbox) {
         let Some(endpoint) = self.endpoint else { return };
         self.wake(peer);
-        let Some(noise) = &mut self.noise else { return };
         let out = outbox.space(HANDSHAKE_LEN.max(packet.len() + OVERHEAD));
-        match noise.seal(packet, out) {
+        match self.noise.seal(packet, now, out) {
             Sealed::Datagram(len) | Sealed::Initiation(len) => {
                 outbox.commit(len, endpoint, Some(peer.id));
                 self.count_sent(len, now);
             }
-            Sealed::Waiting => {}
+            Sealed::Waiting | Sealed::Refused => {}
         }
     }
 
-    /// Handles one message. The length of a packet at the end of `packets` is returned; it is
-    /// not committed, since its source is still to be checked.
+    /// Opens one data message. The length of a packet at the end of `packets` is returned; it
+    /// is not committed, since its source is still to be checked.
     pub(super) fn open(
         &mut self,
         peer: &Peer,
-        message: Message,
+        receiver: u32,
         datagram: &Datagram<'_>,
         now: u64,
         packets: &mut Batch,
-        outbox: &mut Outbox,
     ) -> Option<usize> {
-        self.wake(peer);
-        let noise = self.noise.as_mut()?;
-        let len = HANDSHAKE_LEN.max(datagram.bytes.len());
-        let out = match message {
-            Message::Data { .. } => packets.space(len),
-            _ => outbox.space(len),
-        };
-        let opened = noise.open(message, datagram.from.ip(), datagram.bytes, out);
-        if matches!(opened, Opened::Refused | Opened::Cookie) {
-            return None;
+        let out = packets.space(datagram.bytes.len());
+        let opened = self.noise.open(receiver, datagram.bytes, now, out);
+        self.heard(peer, &opened, datagram, now);
+        match opened {
+            Opened::Packet(len) => Some(len),
+            _ => None,
         }
-        if noise.take_completed() {
+    }
+
+    /// Answers an initiation that claims to be this peer's.
+    pub(super) fn open_initiation(
+        &mut self,
+        peer: &Peer,
+        claimed: Claimed,
+        datagram: &Datagram<'_>,
+        now: u64,
+        outbox: &mut Outbox,
+    ) {
+        let opened = self.noise.open_initiation(claimed, now, outbox.space(HANDSHAKE_LEN));
+        self.reply(peer, &opened, datagram, now, outbox);
+    }
+
+    /// Takes the response to an initiation of ours.
+    pub(super) fn open_response(
+        &mut self,
+        peer: &Peer,
+        receiver: u32,
+        datagram: &Datagram<'_>,
+        now: u64,
+        outbox: &mut Outbox,
+    ) {
+        let out = outbox.space(HANDSHAKE_LEN);
+        let opened = self.noise.open_response(receiver, datagram.bytes, now, out);
+        self.reply(peer, &opened, datagram, now, outbox);
+    }
+
+    fn reply(
+        &mut self,
+        peer: &Peer,
+        opened: &Opened,
+        datagram: &Datagram<'_>,
+        now: u64,
+        outbox: &mut Outbox,
+    ) {
+        self.heard(peer, opened, datagram, now);
+        if let Opened::Reply(len) = *opened {
+            outbox.commit(len, datagram.endpoint(), Some(peer.id));
+            self.count_sent(len, now);
+        }
+    }
+
+    /// Takes note of an authentic message.
+    fn heard(&mut self, peer: &Peer, opened: &Opened, datagram: &Datagram<'_>, now: u64) {
+        if *opened == Opened::Refused {
+            return;
+        }
+        self.wake(peer);
+        if self.noise.take_completed() {
             self.last_handshake = Some(SystemTime::now());
             tracing::debug!(peer = %peer, "handshake completed");
         }
         self.roam(peer, datagram.endpoint());
         self.received += datagram.bytes.len() as u64;
         self.last_traffic = now;
-        match opened {
-            Opened::Packet(len) => Some(len),
-            Opened::Reply(len) => {
-                outbox.commit(len, datagram.endpoint(), Some(peer.id));
-                self.count_sent(len, now);
-                None
-            }
-            _ => None,
-        }
     }
 
     /// Sends what waited for a session.
-    pub(super) fn flush(&mut self, peer: &Peer, outbox: &mut Outbox) {
-        let (Some(endpoint), Some(noise)) = (self.endpoint, &mut self.noise) else { return };
-        while noise.has_queued() && outbox.used() < FLUSH_LIMIT {
-            let Some(len) = noise.seal_queued(outbox.space(MAX_PACKET + OVERHEAD)) else { return };
-            outbox.commit(len, endpoint, Some(peer.id));
-            self.sent += len as u64;
+    pub(super) fn flush(&mut self, peer: &Peer, now: u64, outbox: &mut Outbox) {
+        let Some(endpoint) = self.endpoint else { return };
+        while self.noise.has_queued(now) && outbox.used() < FLUSH_LIMIT {
+            let out = outbox.space(MAX_PACKET + OVERHEAD);
+            if let Some(len) = self.noise.seal_queued(now, out) {
+                outbox.commit(len, endpoint, Some(peer.id));
+                self.count_sent(len, now);
+            }
         }
     }
 
     /// Runs the timers.
     pub(super) fn tick(&mut self, peer: &Peer, now: u64, outbox: &mut Outbox) {
-        let (Some(endpoint), Some(noise)) = (self.endpoint, &mut self.noise) else {
+        let Some(endpoint) = &mut self.endpoint else {
             return peer.awake.store(false, Ordering::Relaxed);
         };
-        match noise.tick(outbox.space(HANDSHAKE_LEN)) {
+        match self.noise.tick(now, outbox.space(HANDSHAKE_LEN)) {
             Tick::Send(len) => {
-                outbox.commit(len, endpoint, Some(peer.id));
+                outbox.commit(len, *endpoint, Some(peer.id));
+                return self.count_sent(len, now);
+            }
+            Tick::Retry(len) => {
+                // Whatever it was sent from before, it does not hear us.
+                endpoint.source = None;
+                outbox.commit(len, *endpoint, Some(peer.id));
                 return self.count_sent(len, now);
             }
             Tick::Idle if self.keepalive == 0 => {
@@ -167,10 +209,9 @@ impl State {
     pub(super) fn greet(&mut self, peer: &Peer, now: u64, outbox: &mut Outbox) {
         let Some(endpoint) = self.endpoint else { return };
         self.wake(peer);
-        let Some(noise) = &mut self.noise else { return };
         // The interval counts from the attempt, so that an unreachable peer is not flooded.
         self.last_traffic = now;
-        if let Some(len) = noise.keepalive(outbox.space(HANDSHAKE_LEN)) {
+        if let Some(len) = self.noise.keepalive(now, outbox.space(HANDSHAKE_LEN)) {
             outbox.commit(len, endpoint, Some(peer.id));
             self.count_sent(len, now);
         }
@@ -180,45 +221,15 @@ impl State {
     pub(super) fn rehandshake(&mut self, peer: &Peer, now: u64, outbox: &mut Outbox) {
         let Some(endpoint) = self.endpoint else { return };
         self.wake(peer);
-        let Some(noise) = &mut self.noise else { return };
-        if let Some(len) = noise.initiate(true, outbox.space(HANDSHAKE_LEN)) {
+        if let Some(len) = self.noise.initiate(true, now, outbox.space(HANDSHAKE_LEN)) {
             outbox.commit(len, endpoint, Some(peer.id));
             self.count_sent(len, now);
         }
     }
 
-    /// Whether there is a session to send with.
-    pub(super) fn has_session(&self) -> bool {
-        self.noise.as_ref().is_some_and(Noise::has_session)
-    }
-
-    /// Takes over the device's private key, a changed one or none.
-    pub(super) fn set_identity(&mut self, id: PeerId, key: &[u8; 32], identity: Option<&Identity>) {
-        match (identity, &mut self.noise) {
-            (Some(identity), Some(noise)) => noise.set_identity(identity),
-            (Some(identity), None) => {
-                self.noise = Noise::new(identity, key, &self.preshared_key, id.index());
-            }
-            (None, _) => self.noise = None,
-        }
-    }
-
-    pub(super) fn set_preshared_key(
-        &mut self,
-        peer: &Peer,
-        preshared_key: &[u8; 32],
-        identity: Option<&Identity>,
-    ) {
+    pub(super) fn set_preshared_key(&mut self, preshared_key: &[u8; 32]) {
         *self.preshared_key = *preshared_key;
-        if let (Some(identity), Some(noise)) = (identity, &mut self.noise) {
-            noise.set_preshared_key(identity, &peer.key, preshared_key, peer.id.index());
-        }
-    }
-
-    pub(super) fn drop_sessions(&mut self, identity: Option<&Identity>) {
-        if let (Some(identity), Some(noise)) = (identity, &mut self.noise) {
-            noise.set_identity(identity);
-        }
+        self.noise.set_preshared_key(preshared_key);
     }
 
     /// Follows a peer to the address that it sent an authentic message from.
@@ -238,12 +249,8 @@ impl State {
     }
 
     /// Lets the peer be ticked from now on.
-    fn wake(&mut self, peer: &Peer) {
-        if peer.is_awake() {
-            return;
-        }
-        if let Some(noise) = &mut self.noise {
-            noise.refresh();
+    fn wake(&self, peer: &Peer) {
+        if !peer.is_awake() {
             peer.awake.store(true, Ordering::Relaxed);
         }
     }

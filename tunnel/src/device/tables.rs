@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use super::peer::Peer;
 use crate::allowed_ips::AllowedIps;
-use crate::noise::Identity;
+use crate::noise::{Identity, Indices};
 
-/// A peer's place in the device: the upper 24 bits of our session indices with it.
+/// A peer's place in the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerId(pub(super) u32);
 
@@ -17,7 +17,7 @@ impl PeerId {
     /// At most this many peers (the kernel's limit).
     pub(super) const MAX: usize = 1 << 20;
 
-    pub(super) fn index(self) -> u32 {
+    pub(crate) fn index(self) -> u32 {
         self.0
     }
 }
@@ -26,6 +26,7 @@ impl PeerId {
 #[derive(Default)]
 pub(super) struct Tables {
     pub(super) identity: Option<Arc<Identity>>,
+    pub(super) indices: Arc<Indices>,
     pub(super) allowed_ips: Arc<AllowedIps<PeerId>>,
     /// By [`PeerId`].
     pub(super) slots: Arc<Vec<Option<Arc<Peer>>>>,
@@ -37,6 +38,7 @@ impl Tables {
     pub(super) fn share(&self) -> Self {
         Self {
             identity: self.identity.clone(),
+            indices: Arc::clone(&self.indices),
             allowed_ips: Arc::clone(&self.allowed_ips),
             slots: Arc::clone(&self.slots),
             keys: Arc::clone(&self.keys),
@@ -53,7 +55,7 @@ impl Tables {
 
     /// The peer that a session index of ours belongs to.
     pub(super) fn by_index(&self, index: u32) -> Option<&Peer> {
-        self.by_id(PeerId(index >> 8))
+        self.by_id(PeerId(self.indices.owner(index)?))
     }
 
     pub(super) fn by_key(&self, key: &[u8; 32]) -> Option<&Peer> {

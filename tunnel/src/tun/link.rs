@@ -6,13 +6,9 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use nix::errno::Errno;
 use nix::net::if_::{if_indextoname, if_nametoindex};
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto,
-    socket,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-const HEADER: usize = 16;
-const IFINFO: usize = 16;
+use crate::netlink::set_link;
 
 /// A network device, by its index: it may be renamed while we run.
 pub(crate) struct Link {
@@ -60,18 +56,18 @@ impl Link {
     }
 
     pub(super) fn set_alias(&self, alias: &str) -> io::Result<()> {
-        self.set_attribute(libc::IFLA_IFALIAS, alias.as_bytes())
+        set_link(self.index, libc::IFLA_IFALIAS, alias.as_bytes())
     }
 
     pub(super) fn rename(&self, name: &str) -> io::Result<()> {
         let mut value = name.as_bytes().to_vec();
         value.push(0);
-        self.set_attribute(libc::IFLA_IFNAME, &value)
+        set_link(self.index, libc::IFLA_IFNAME, &value)
     }
 
     /// How many packets may wait for us to read them (`txqueuelen`).
     pub(super) fn set_queue_length(&self, packets: u32) -> io::Result<()> {
-        self.set_attribute(libc::IFLA_TXQLEN, &packets.to_ne_bytes())
+        set_link(self.index, libc::IFLA_TXQLEN, &packets.to_ne_bytes())
     }
 
     fn request(&self) -> io::Result<libc::ifreq> {
@@ -85,74 +81,6 @@ impl Link {
         Errno::result(result)?;
         Ok(())
     }
-
-    /// One RTM_SETLINK with one attribute, acknowledged.
-    fn set_attribute(&self, kind: u16, value: &[u8]) -> io::Result<()> {
-        let fd = netlink(0)?;
-        sendto(
-            fd.as_raw_fd(),
-            &self.message(kind, value)?,
-            &NetlinkAddr::new(0, 0),
-            MsgFlags::empty(),
-        )?;
-        let mut reply = [0u8; 1024];
-        let len = recv(fd.as_raw_fd(), &mut reply, MsgFlags::empty())?;
-        let code = reply[..len].get(HEADER..HEADER + 4).and_then(|bytes| bytes.try_into().ok());
-        match code.map(i32::from_ne_bytes) {
-            Some(0) => Ok(()),
-            Some(code) => Err(io::Error::from_raw_os_error(-code)),
-            None => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
-    }
-
-    fn message(&self, kind: u16, value: &[u8]) -> io::Result<Vec<u8>> {
-        let too_long = |_| io::Error::from(Errno::EMSGSIZE);
-        let attribute = u16::try_from(value.len() + 4).map_err(too_long)?;
-        let total = HEADER + IFINFO + usize::from(attribute).next_multiple_of(4);
-        let flags = u16::try_from(libc::NLM_F_REQUEST | libc::NLM_F_ACK).unwrap_or_default();
-        let mut message = Vec::with_capacity(total);
-        // struct nlmsghdr
-        message.extend(u32::try_from(total).map_err(too_long)?.to_ne_bytes());
-        message.extend(libc::RTM_SETLINK.to_ne_bytes());
-        message.extend(flags.to_ne_bytes());
-        message.extend([0; 8]);
-        // struct ifinfomsg
-        message.extend([0; 4]);
-        message.extend(self.index.to_ne_bytes());
-        message.extend([0; 8]);
-        // struct rtattr
-        message.extend(attribute.to_ne_bytes());
-        message.extend(kind.to_ne_bytes());
-        message.extend(value);
-        message.resize(total, 0);
-        Ok(message)
-    }
-}
-
-/// A socket that becomes readable when any link changes. What it says does not matter.
-pub(crate) fn watch_links() -> io::Result<OwnedFd> {
-    netlink(libc::RTMGRP_LINK as u32)
-}
-
-/// Reads what a [`watch_links`] socket has.
-pub(crate) fn drain(fd: &OwnedFd) {
-    let mut buffer = [0u8; 8192];
-    // ENOBUFS says that messages were lost; the next call goes on after it.
-    while matches!(
-        recv(fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT),
-        Ok(1..) | Err(Errno::ENOBUFS | Errno::EINTR)
-    ) {}
-}
-
-fn netlink(groups: u32) -> io::Result<OwnedFd> {
-    let fd = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkRoute,
-    )?;
-    bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
-    Ok(fd)
 }
 
 /// An interface request for this name, otherwise zero.

@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use crate::batch::{Batch, MAX_PACKET};
 use crate::error::TunnelError;
-pub(crate) use link::{Link, drain, watch_links};
+pub(crate) use link::Link;
 
 /// Stop reading at this many packets or bytes, so that a batch stays in the cache and
 /// its first packet does not wait for long.

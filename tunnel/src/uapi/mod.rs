@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use zeroize::Zeroizing;
 
 use crate::device::{Device, DeviceUpdate};
+use crate::process::wipe_stack;
 pub(crate) use listener::Listener;
 use parse::Parser;
 
@@ -55,6 +56,7 @@ where
             Line::Text("set=1") => set(&mut lines, target)?,
             _ => return Ok(()),
         };
+        wipe_stack();
         let code = result.err().map_or(0, |errno| -(errno as i32));
         write!(lines.stream(), "errno={code}\n\n")?;
         lines.stream().flush()?;
@@ -67,7 +69,8 @@ fn get(stream: impl Write, target: &impl Configurable) -> io::Result<Result<(), 
 }
 
 /// Reads the whole request, also after a mistake in it, so that the answer is read by a
-/// client that writes all before it reads.
+/// client that writes all before it reads. Its frame is not the caller's, who wipes it.
+#[inline(never)]
 fn set<S: Read + Write>(
     lines: &mut Lines<S>,
     target: &impl Configurable,

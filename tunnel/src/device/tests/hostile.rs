@@ -1,3 +1,4 @@
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use proptest::prelude::*;
@@ -55,10 +56,45 @@ fn under_load_a_cookie_is_asked_for_and_honoured() {
     assert_eq!(run(&a, &b, a.rehandshake()).len(), 1);
     assert!(passes(&b, &a));
     // The load is over with the second.
-    std::thread::sleep(Duration::from_millis(1100));
     b.tick(Duration::from_millis(1100));
     let (_, answers) = b.open_from(&strangers[0].rehandshake()[0].bytes, strangers[0].address);
     assert_eq!(answers, vec![], "a stranger gets no answer, and no cookie");
+}
+
+#[test]
+fn handshakes_with_cookies_are_limited_by_address() {
+    let b = Node::new(2);
+    let peers: Vec<_> = (10..40).map(Node::new).collect();
+    for peer in &peers {
+        peer.add(&b);
+        b.add(peer);
+    }
+    // All from one host.
+    let from = |n: usize| SocketAddr::new(peers[0].address.ip(), 1000 + n as u16);
+    let stranger = Node::new(99);
+    stranger.add(&b);
+    for _ in 0..500 {
+        let initiation = stranger.rehandshake().remove(0);
+        b.open_from(&initiation.bytes, "198.51.100.1:1".parse().unwrap());
+    }
+    let mut answered = 0;
+    for (n, peer) in peers.iter().enumerate() {
+        let (_, cookie) = b.open_from(&peer.rehandshake()[0].bytes, from(n));
+        assert_eq!(cookie[0].bytes.len(), 64);
+        peer.open_from(&cookie[0].bytes, b.address);
+        answered += b.open_from(&peer.rehandshake()[0].bytes, from(n)).1.len();
+    }
+    assert_eq!(answered, 5, "the burst of an address");
+}
+
+#[test]
+fn an_authentic_peer_gets_so_many_handshakes() {
+    let (a, b) = connected();
+    let answers = |_: usize| b.open_from(&a.rehandshake()[0].bytes, a.address).1.len();
+    assert!((0..300).map(answers).sum::<usize>() <= 13);
+    b.tick(Duration::from_secs(1));
+    assert_eq!((0..300).map(answers).sum::<usize>(), 13);
+    assert!(passes(&b, &a), "the session goes on");
 }
 
 #[test]

@@ -2,5 +2,6 @@
 
 mod hostile;
 mod pair;
+mod sessions;
 mod settings;
 mod traffic;

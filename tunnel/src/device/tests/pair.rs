@@ -80,7 +80,9 @@ impl Node {
     pub(super) fn open_from(&self, bytes: &[u8], from: SocketAddr) -> (Vec<Vec<u8>>, Vec<Sent>) {
         let (mut packets, mut outbox) = (Batch::new(), Outbox::new());
         let datagram = Datagram { bytes, from, to: Some(Source::new(self.address.ip(), 1)) };
-        self.device.open([datagram], &mut packets, &mut outbox);
+        let mut handshakes = Vec::new();
+        self.device.open([datagram], &mut packets, &mut outbox, |message| handshakes.push(message));
+        handshakes.into_iter().for_each(|message| self.device.answer(message, &mut outbox));
         (packets.packets().map(<[u8]>::to_vec).collect(), sent(&outbox))
     }
 
@@ -146,7 +148,7 @@ pub(super) fn connected() -> (Node, Node) {
 pub(super) fn run(a: &Node, b: &Node, from_a: Vec<Sent>) -> Vec<Vec<u8>> {
     let mut out = Vec::new();
     let mut under_way: VecDeque<_> = from_a.into_iter().map(|sent| (a.address, sent)).collect();
-    for _ in 0..100 {
+    for _ in 0..1000 {
         let Some((from, sent)) = under_way.pop_front() else { return out };
         let to = if sent.to == a.address { a } else { b };
         if sent.to != to.address {

@@ -96,6 +96,40 @@ fn an_old_initiation_stays_refused_after_the_preshared_key_changed() {
 }
 
 #[test]
+fn fifty_changes_of_the_preshared_key_lose_nothing() {
+    let (a, b) = connected();
+    for n in 1..=50u8 {
+        let key = [n; 32];
+        let (first, second) = if n % 2 == 0 { (&a, &b) } else { (&b, &a) };
+        for (tick, sent) in [(0, set_psk(first, second, key)), (2, vec![]), (4, vec![])] {
+            // The other end follows half a second later.
+            let sent = if tick == 2 { set_psk(second, first, key) } else { sent };
+            let from = if tick == 2 { (second, first) } else { (first, second) };
+            run(from.0, from.1, sent);
+            for node in [&a, &b] {
+                let other = if node.address == a.address { &b } else { &a };
+                let due = node.tick(Duration::from_millis(u64::from(n) * 1500 + tick * 250));
+                run(node, other, due);
+            }
+            assert!(passes(&a, &b) && passes(&b, &a), "{n}, {tick}");
+        }
+    }
+}
+
+#[test]
+fn a_private_key_set_again_does_not_make_an_old_initiation_new() {
+    let (a, b) = pair();
+    let initiation = a.seal(&packet(a.inside, b.inside, 100)).remove(0);
+    run(&a, &b, vec![initiation.clone()]);
+    let elsewhere = "203.0.113.9:9".parse().unwrap();
+    set_private_key(&b, [0; 32]);
+    assert_eq!(b.open_from(&initiation.bytes, elsewhere), (vec![], vec![]));
+    set_private_key(&b, b.private);
+    assert_eq!(b.open_from(&initiation.bytes, elsewhere), (vec![], vec![]));
+    assert_eq!(b.peer(&a).endpoint, Some(a.address));
+}
+
+#[test]
 fn a_persistent_keepalive_starts_at_once_and_drops_no_session() {
     let (a, b) = connected();
     let greeting = set_keepalive(&a, &b, 25);
@@ -104,6 +138,7 @@ fn a_persistent_keepalive_starts_at_once_and_drops_no_session() {
     run(&a, &b, greeting);
     assert_eq!(set_keepalive(&a, &b, 20), vec![], "a change of the interval is silent");
     assert!(has_session(&a, &b));
+    run(&b, &a, b.tick(Duration::from_secs(11)));
     assert_eq!(a.tick(Duration::from_secs(19)), vec![]);
     let sent = a.tick(Duration::from_secs(20));
     assert_eq!(sent.len(), 1);
@@ -116,8 +151,10 @@ fn traffic_puts_a_persistent_keepalive_off() {
     let (a, b) = connected();
     let greeting = set_keepalive(&a, &b, 20);
     run(&a, &b, greeting);
+    run(&b, &a, b.tick(Duration::from_secs(11)));
     a.tick(Duration::from_secs(15));
     assert!(passes(&a, &b));
+    run(&b, &a, b.tick(Duration::from_secs(26)));
     assert_eq!(a.tick(Duration::from_secs(30)), vec![]);
     assert_eq!(a.tick(Duration::from_secs(35)).len(), 1);
 }

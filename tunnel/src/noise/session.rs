@@ -1,0 +1,194 @@
+//! A session: a key for each direction, counters, and an age (WireGuard paper, 5.4.6).
+
+use ring::aead::Aad;
+
+use super::OVERHEAD;
+use super::crypto::{TAG, cipher, nonce};
+use super::erase::Erased;
+use super::handshake::Agreed;
+use super::indices::Index;
+use super::message::{DATA, DATA_HEADER, array};
+use super::replay::Replay;
+
+/// No message is sent or taken with this counter or a higher one.
+const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+/// The initiator makes a new session after this many messages.
+const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
+/// A session is of no use from this age on, ms.
+pub(super) const REJECT_AFTER_TIME: u64 = 180_000;
+/// The initiator makes a new session at this age, when it sends, ms.
+pub(super) const REKEY_AFTER_TIME: u64 = 120_000;
+/// How many sessions stay open behind the current one.
+const PREVIOUS: usize = 3;
+
+/// One session.
+pub(super) struct Session {
+    ours: Index,
+    theirs: u32,
+    sealing: Erased,
+    opening: Erased,
+    /// Of the next message.
+    counter: u64,
+    replay: Replay,
+    /// On the device's clock, ms.
+    born: u64,
+    is_initiator: bool,
+}
+
+impl Session {
+    pub(super) fn new(agreed: Agreed, now: u64) -> Option<Self> {
+        Some(Self {
+            sealing: Erased::new(cipher(&agreed.sealing)?),
+            opening: Erased::new(cipher(&agreed.opening)?),
+            ours: agreed.ours,
+            theirs: agreed.theirs,
+            counter: 0,
+            replay: Replay::new(),
+            born: now,
+            is_initiator: agreed.is_initiator,
+        })
+    }
+
+    /// Whether it may be used at all.
+    pub(super) fn is_alive(&self, now: u64) -> bool {
+        self.age(now) < REJECT_AFTER_TIME
+    }
+
+    pub(super) fn age(&self, now: u64) -> u64 {
+        now.saturating_sub(self.born)
+    }
+
+    pub(super) fn is_initiator(&self) -> bool {
+        self.is_initiator
+    }
+
+    /// Whether whoever initiated it should make another one, as it is about to send.
+    pub(super) fn is_old(&self, now: u64) -> bool {
+        self.counter >= REKEY_AFTER_MESSAGES
+            || (self.is_initiator && self.age(now) >= REKEY_AFTER_TIME)
+    }
+
+    fn is(&self, index: u32) -> bool {
+        self.ours.value() == index
+    }
+
+    /// Seals a packet into `out`, which has room for it and [`OVERHEAD`].
+    fn seal(&mut self, packet: &[u8], out: &mut [u8]) -> Option<usize> {
+        let counter = self.counter;
+        if counter >= REJECT_AFTER_MESSAGES {
+            return None;
+        }
+        let out = out.get_mut(..packet.len() + OVERHEAD)?;
+        let (header, body) = out.split_at_mut(DATA_HEADER);
+        let (text, tag) = body.split_at_mut(packet.len());
+        header[..4].copy_from_slice(&DATA.to_le_bytes());
+        header[4..8].copy_from_slice(&self.theirs.to_le_bytes());
+        header[8..].copy_from_slice(&counter.to_le_bytes());
+        text.copy_from_slice(packet);
+        self.counter += 1;
+        let key = self.sealing.get();
+        let sealed = key.seal_in_place_separate_tag(nonce(counter), Aad::empty(), text).ok()?;
+        tag.copy_from_slice(sealed.as_ref());
+        Some(out.len())
+    }
+
+    /// Opens a message into `out`, which is as long as its ciphertext at least.
+    fn open(&mut self, datagram: &[u8], out: &mut [u8]) -> Option<usize> {
+        let counter = u64::from_le_bytes(array(datagram, 8)?);
+        if counter >= REJECT_AFTER_MESSAGES || !self.replay.is_new(counter) {
+            return None;
+        }
+        let sealed = datagram.get(DATA_HEADER..)?;
+        let len = sealed.len().checked_sub(TAG)?;
+        let out = out.get_mut(..sealed.len())?;
+        out.copy_from_slice(sealed);
+        self.opening.get().open_in_place(nonce(counter), Aad::empty(), out).ok()?;
+        self.replay.accept(counter).then_some(len)
+    }
+}
+
+/// The sessions of a peer.
+#[derive(Default)]
+pub(super) struct Sessions {
+    /// What we send with.
+    current: Option<Box<Session>>,
+    /// What was sent with before, the newest first, for messages that are under way. When both
+    /// ends initiate at once, there are two.
+    previous: Vec<Session>,
+    /// What we have answered an initiation with, until the peer uses it.
+    next: Option<Box<Session>>,
+}
+
+/// A message that was opened.
+pub(super) struct Received {
+    /// Of the plaintext, bytes.
+    pub(super) len: usize,
+    /// It is the first one of a new session.
+    pub(super) is_first: bool,
+}
+
+impl Sessions {
+    /// What to send with.
+    pub(super) fn current(&self, now: u64) -> Option<&Session> {
+        self.current.as_deref().filter(|session| session.is_alive(now))
+    }
+
+    pub(super) fn seal(&mut self, packet: &[u8], now: u64, out: &mut [u8]) -> Option<usize> {
+        self.current.as_mut().filter(|session| session.is_alive(now))?.seal(packet, out)
+    }
+
+    /// Opens a message with the session that it names. The first one of a session that we
+    /// have answered with makes it the current one.
+    pub(super) fn open(
+        &mut self,
+        receiver: u32,
+        datagram: &[u8],
+        now: u64,
+        out: &mut [u8],
+    ) -> Option<Received> {
+        let named = |session: &&mut Session| session.is(receiver) && session.is_alive(now);
+        let current = self.current.as_deref_mut();
+        let used = current.into_iter().chain(&mut self.previous).find(named);
+        if let Some(session) = used {
+            return Some(Received { len: session.open(datagram, out)?, is_first: false });
+        }
+        let len = self.next.as_deref_mut().into_iter().find(named)?.open(datagram, out)?;
+        if let Some(session) = self.next.take() {
+            self.switch(session);
+        }
+        Some(Received { len, is_first: true })
+    }
+
+    /// Takes a session whose initiation we made: the response proves that the peer has it.
+    pub(super) fn begin(&mut self, session: Session) {
+        self.switch(Box::new(session));
+        // The peer initiated one meanwhile, and may use it already.
+        if let Some(session) = self.next.take() {
+            self.previous.insert(0, *session);
+        }
+    }
+
+    fn switch(&mut self, to: Box<Session>) {
+        self.previous.truncate(PREVIOUS - 1);
+        if let Some(session) = self.current.replace(to) {
+            self.previous.insert(0, *session);
+        }
+    }
+
+    /// Takes a session that we have answered an initiation with.
+    pub(super) fn offer(&mut self, session: Session) {
+        self.next = Some(Box::new(session));
+    }
+
+    /// Erases what is too old for use.
+    pub(super) fn expire(&mut self, now: u64) {
+        self.previous.retain(|session| session.is_alive(now));
+        for session in [&mut self.current, &mut self.next] {
+            session.take_if(|session| !session.is_alive(now));
+        }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.current.is_none() && self.previous.is_empty() && self.next.is_none()
+    }
+}

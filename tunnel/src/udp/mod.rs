@@ -1,0 +1,252 @@
+//! The UDP sockets of a device: both families on one port, replies from the address that the
+//! peer sent to. Nothing waits for a socket.
+//!
+//! A socket's buffer holds what the network has not taken yet. A peer behind a slow link would
+//! fill it, and all others' datagrams with it would be dropped: such a peer gets a [`Lane`] of
+//! its own, which is another socket on the same port, for sending only.
+
+mod message;
+mod receive;
+mod socket;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use parking_lot::Mutex;
+
+use crate::batch::{Destination, Outbox};
+use crate::device::{Device, PeerId};
+use crate::endpoint::Endpoint;
+use message::send_message;
+pub(crate) use receive::Receiver;
+use socket::Pair;
+
+/// At most this many datagrams in one send (the kernel's limit until 6.8).
+const SEGMENTS: usize = 64;
+/// How many lanes there are for slow peers.
+const LANES: u32 = 16;
+/// For how long a peer stays in its lane after a buffer was full.
+const SLOW_FOR: Duration = Duration::from_secs(10);
+
+/// The sockets. A family that the host does not have is absent.
+pub(crate) struct Sockets {
+    main: Pair,
+    fwmark: AtomicU32,
+    /// Whether runs of datagrams leave in one send.
+    segments: AtomicBool,
+    /// Whether there can be lanes.
+    is_shared: bool,
+    /// Made when the first peer comes to it.
+    lanes: [Lane; LANES as usize],
+    slow: Slow,
+}
+
+/// Another pair of sockets on the port; `None` if there is none to be had.
+type Lane = OnceLock<Option<Pair>>;
+
+/// Peers for which a buffer was full, and until when they count as slow.
+#[derive(Default)]
+struct Slow {
+    any: AtomicBool,
+    until: Mutex<HashMap<PeerId, Instant>>,
+}
+
+impl Sockets {
+    /// Binds both families to `port`, or to one random port if it is 0.
+    ///
+    /// # Errors
+    /// That of the bind, EADDRINUSE above all.
+    pub(crate) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
+        let main = Pair::bind(port, fwmark)?;
+        let shared = main.share(fwmark);
+        if let Err(error) = &shared {
+            tracing::info!(%error, "slow peers get no sockets of their own");
+        }
+        Ok(Self {
+            segments: AtomicBool::new(main.sends_segments()),
+            main,
+            fwmark: AtomicU32::new(fwmark),
+            is_shared: shared.is_ok(),
+            lanes: Default::default(),
+            slow: Slow::default(),
+        })
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.main.port()
+    }
+
+    /// Marks outgoing datagrams, 0 for none.
+    pub(crate) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
+        self.fwmark.store(fwmark, Ordering::Relaxed);
+        self.main.set_fwmark(fwmark)?;
+        let mut lanes = self.lanes.iter().filter_map(OnceLock::get).flatten();
+        lanes.try_for_each(|lane| lane.set_fwmark(fwmark))
+    }
+
+    /// What to poll.
+    pub(crate) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.main.each().map(|socket| socket.as_fd())
+    }
+
+    /// Sends what is in the outbox, and never waits: a datagram that cannot be sent now is
+    /// dropped, as the network would drop it.
+    pub(crate) fn send(&self, outbox: &Outbox, device: &Device) {
+        let limit = if self.segments.load(Ordering::Relaxed) { SEGMENTS } else { 1 };
+        for run in outbox.runs(limit) {
+            if !run.is_one() {
+                match self.send_by_lane(run.to, run.bytes, run.segment) {
+                    Ok(()) => continue,
+                    Err(error) if is_full(&error) => continue,
+                    Err(error) => self.run_failed(&error),
+                }
+            }
+            for datagram in run.datagrams() {
+                self.send_one(datagram, run.to, device);
+            }
+        }
+    }
+
+    /// A run may fail where its datagrams do not: they are too long for the path and have to
+    /// be fragmented, or the device cannot do checksums (EIO), and then it never can.
+    fn run_failed(&self, error: &io::Error) {
+        if error.raw_os_error() == Some(libc::EIO) && self.segments.swap(false, Ordering::Relaxed) {
+            tracing::info!(%error, "sending datagrams one by one");
+        }
+    }
+
+    fn send_one(&self, bytes: &[u8], to: &Destination, device: &Device) {
+        let Err(error) = self.send_by_lane(to, bytes, bytes.len()) else { return };
+        if let (Some(source), true) = (to.endpoint.source, is_lost_source(&error)) {
+            if let Some(peer) = to.peer {
+                device.forget_source(peer, source);
+            }
+            let to = Destination { endpoint: Endpoint { source: None, ..to.endpoint }, ..*to };
+            if self.send_by_lane(&to, bytes, bytes.len()).is_ok() {
+                return;
+            }
+        }
+        tracing::debug!(to = %to.endpoint.address, %error, "datagram not sent");
+    }
+
+    /// Sends by the main sockets, or by a lane, if there was no room for the peer of late.
+    fn send_by_lane(&self, to: &Destination, bytes: &[u8], segment: usize) -> io::Result<()> {
+        if !to.peer.is_some_and(|peer| self.slow.has(peer)) {
+            match send_to(&self.main, &to.endpoint, bytes, segment) {
+                Err(error) if is_full(&error) => to.peer.map(|peer| self.slow.insert(peer)),
+                result => return result,
+            };
+        }
+        let Some((peer, lane)) = to.peer.and_then(|peer| Some((peer, self.lane(peer)?))) else {
+            return Err(Errno::EAGAIN.into());
+        };
+        let result = send_to(lane, &to.endpoint, bytes, segment);
+        if result.as_ref().is_err_and(is_full) {
+            self.slow.insert(peer);
+        }
+        result
+    }
+
+    fn lane(&self, peer: PeerId) -> Option<&Pair> {
+        if !self.is_shared {
+            return None;
+        }
+        let lane = self.lanes.get((peer.index() % LANES) as usize)?;
+        let fwmark = self.fwmark.load(Ordering::Relaxed);
+        lane.get_or_init(|| Pair::beside(self.port(), fwmark).ok()).as_ref()
+    }
+}
+
+impl Slow {
+    fn insert(&self, peer: PeerId) {
+        self.until.lock().insert(peer, Instant::now() + SLOW_FOR);
+        self.any.store(true, Ordering::Relaxed);
+    }
+
+    fn has(&self, peer: PeerId) -> bool {
+        if !self.any.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut until = self.until.lock();
+        let is_slow = until.get(&peer).is_some_and(|until| *until > Instant::now());
+        if !is_slow && until.remove(&peer).is_some() {
+            self.any.store(!until.is_empty(), Ordering::Relaxed);
+        }
+        is_slow
+    }
+}
+
+fn send_to(pair: &Pair, to: &Endpoint, bytes: &[u8], segment: usize) -> io::Result<()> {
+    let Some(socket) = pair.of(&to.address) else { return Err(Errno::EAFNOSUPPORT.into()) };
+    send_message(socket.as_raw_fd(), bytes, segment, to)
+}
+
+/// Whether there was no room for a datagram.
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.raw_os_error().map(Errno::from_raw), Some(Errno::EAGAIN | Errno::ENOBUFS))
+}
+
+/// Whether a send failed as it does when its source address is not ours any more.
+fn is_lost_source(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::EINVAL
+                | Errno::EADDRNOTAVAIL
+                | Errno::ENETUNREACH
+                | Errno::EHOSTUNREACH
+                | Errno::ENODEV
+                | Errno::ENXIO
+        )
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+    use crate::endpoint::Source;
+
+    fn exchange(segment: usize, lengths: &[usize]) {
+        let receiver = Sockets::bind(0, 0).unwrap();
+        let sender = Sockets::bind(0, 0).unwrap();
+        sender.segments.fetch_and(segment > 1, Ordering::Relaxed);
+        let source = Source::new([127, 0, 0, 5].into(), 0);
+        let address = SocketAddr::from(([127, 0, 0, 7], receiver.port()));
+        let mut outbox = Outbox::new();
+        for (n, len) in (1..).zip(lengths) {
+            outbox.space(*len).fill(n);
+            outbox.commit(*len, Endpoint { address, source: Some(source) }, None);
+        }
+        sender.send(&outbox, &Device::new(1420));
+        let mut buffers = Receiver::new();
+        let mut got = Vec::new();
+        while got.len() < lengths.len() {
+            let socket = receiver.descriptors().next().unwrap();
+            crate::worker::wait(&[socket]).unwrap();
+            buffers.receive(socket).unwrap();
+            got.extend(buffers.datagrams().map(|datagram| {
+                assert_eq!(datagram.to, Some(Source::new([127, 0, 0, 7].into(), 1)));
+                assert_eq!(datagram.from, SocketAddr::from(([127, 0, 0, 5], sender.port())));
+                datagram.bytes.to_vec()
+            }));
+        }
+        let sent: Vec<_> = outbox.datagrams().map(|(bytes, _)| bytes.to_vec()).collect();
+        assert_eq!(got, sent);
+    }
+
+    #[test]
+    fn datagrams_arrive_as_they_were_sent_in_runs_or_one_by_one() {
+        for segment in [1, SEGMENTS] {
+            exchange(segment, &[100]);
+            exchange(segment, &[1000; 200]);
+            exchange(segment, &[500, 500, 500, 32, 500, 1400, 1400, 60_000, 60_000, 32]);
+        }
+    }
+}

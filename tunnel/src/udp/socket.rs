@@ -1,0 +1,224 @@
+//! Making the sockets: options, port, mark.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+
+/// Socket buffers, bytes.
+const BUFFER: usize = 7 << 20;
+/// Attempts to find a random port that is free in both families.
+const PORT_ATTEMPTS: u32 = 64;
+
+/// A socket for each family of the host, on one port.
+pub(super) struct Pair {
+    v4: Option<Socket>,
+    v6: Option<Socket>,
+    port: u16,
+}
+
+impl Pair {
+    /// Binds both families to `port`, or to one random port if it is 0.
+    ///
+    /// # Errors
+    /// That of the bind, EADDRINUSE above all.
+    pub(super) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            match Self::try_bind(port, fwmark, false) {
+                Err(error) if port == 0 && attempts < PORT_ATTEMPTS && is_in_use(&error) => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Another pair on the port of one that shares it.
+    pub(super) fn beside(port: u16, fwmark: u32) -> io::Result<Self> {
+        Self::try_bind(port, fwmark, true)
+    }
+
+    fn try_bind(port: u16, fwmark: u32, shared: bool) -> io::Result<Self> {
+        let v4 = socket((Ipv4Addr::UNSPECIFIED, port).into(), fwmark, shared)?;
+        let port = bound_port(v4.as_ref()).unwrap_or(port);
+        let v6 = socket((Ipv6Addr::UNSPECIFIED, port).into(), fwmark, shared)?;
+        let port = bound_port(v6.as_ref()).unwrap_or(port);
+        if v4.is_none() && v6.is_none() {
+            return Err(Errno::EAFNOSUPPORT.into());
+        }
+        Ok(Self { v4, v6, port })
+    }
+
+    pub(super) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Lets others be bound beside this pair, which goes on receiving everything.
+    ///
+    /// The port is shared only after it was bound, so that one that is taken is noticed. The
+    /// sockets of a port are one group as soon as there are two, and a group has a program that
+    /// says which one receives (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)): the first.
+    pub(super) fn share(&self, fwmark: u32) -> io::Result<()> {
+        self.each().try_for_each(|socket| socket.set_reuse_port(true))?;
+        let second = Self::beside(self.port, fwmark)?;
+        self.each().try_for_each(receive_all)?;
+        drop(second);
+        Ok(())
+    }
+
+    pub(super) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
+        self.each().try_for_each(|socket| socket.set_mark(fwmark))
+    }
+
+    /// Whether both split a send into datagrams.
+    pub(super) fn sends_segments(&self) -> bool {
+        self.each().all(sends_segments)
+    }
+
+    pub(super) fn each(&self) -> impl Iterator<Item = &Socket> {
+        self.v4.iter().chain(&self.v6)
+    }
+
+    pub(super) fn of(&self, address: &SocketAddr) -> Option<&Socket> {
+        match address {
+            SocketAddr::V4(_) => self.v4.as_ref(),
+            SocketAddr::V6(_) => self.v6.as_ref(),
+        }
+    }
+}
+
+/// A socket for this address' family, or `None` if the host does not have the family.
+fn socket(address: SocketAddr, fwmark: u32, shared: bool) -> io::Result<Option<Socket>> {
+    let domain = Domain::for_address(address);
+    let socket = match Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
+        result => result?,
+    };
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+        set_flag(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
+    } else {
+        set_flag(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?;
+    }
+    if kernel_version() >= (5, 12, 0) {
+        // Without it, datagrams come one by one.
+        let _ = set_flag(&socket, libc::SOL_UDP, libc::UDP_GRO);
+    }
+    // Beyond the host's limit with CAP_NET_ADMIN, otherwise up to it.
+    for (force, plain) in
+        [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
+    {
+        let size = libc::c_int::try_from(BUFFER).unwrap_or(libc::c_int::MAX);
+        if set_option(&socket, libc::SOL_SOCKET, force, size).is_err() {
+            let _ = set_option(&socket, libc::SOL_SOCKET, plain, size);
+        }
+    }
+    if fwmark != 0 {
+        socket.set_mark(fwmark)?;
+    }
+    socket.set_reuse_port(shared)?;
+    match socket.bind(&address.into()) {
+        // IPv6 is compiled in but switched off.
+        Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(None),
+        result => result.map(|()| Some(socket)),
+    }
+}
+
+/// Makes the first socket of a group receive what comes for any of it.
+fn receive_all(socket: &Socket) -> io::Result<()> {
+    // BPF_RET | BPF_K: the index of the socket, 0.
+    let mut filter = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
+    let program = libc::sock_fprog { len: 1, filter: &raw mut filter };
+    // SAFETY: the program and its one instruction outlive the call, which copies them.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
+}
+
+/// Whether the kernel splits one send into datagrams, and does it right.
+fn sends_segments(socket: &Socket) -> bool {
+    // These versions corrupt runs of equal datagrams.
+    let broken = (7, 0, 0)..=(7, 1, 4);
+    !broken.contains(&kernel_version())
+        && set_option(socket, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
+}
+
+/// Major, minor and patch level; zeros if it cannot be told.
+fn kernel_version() -> (u32, u32, u32) {
+    static VERSION: OnceLock<(u32, u32, u32)> = OnceLock::new();
+    *VERSION.get_or_init(|| {
+        parse_version(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())
+    })
+}
+
+fn parse_version(release: &str) -> (u32, u32, u32) {
+    let mut numbers =
+        release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().unwrap_or(0));
+    let mut next = || numbers.next().unwrap_or(0);
+    (next(), next(), next())
+}
+
+fn bound_port(socket: Option<&Socket>) -> Option<u16> {
+    socket?.local_addr().ok()?.as_socket().map(|address| address.port())
+}
+
+fn is_in_use(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EADDRINUSE)
+}
+
+fn set_flag(socket: &Socket, level: libc::c_int, name: libc::c_int) -> io::Result<()> {
+    set_option(socket, level, name, 1)
+}
+
+fn set_option(
+    socket: &Socket,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: libc::c_int,
+) -> io::Result<()> {
+    // SAFETY: the value is a C int that outlives the call, and its length is given.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_versions_are_read() {
+        assert_eq!(parse_version("6.18.44-something-595\n"), (6, 18, 44));
+        assert_eq!(parse_version("7.1-rc3"), (7, 1, 0));
+        assert_eq!(parse_version(""), (0, 0, 0));
+        assert!(kernel_version() > (4, 0, 0));
+    }
+
+    #[test]
+    fn a_port_that_is_shared_is_taken_all_the_same() {
+        let pair = Pair::bind(0, 0).unwrap();
+        pair.share(0).unwrap();
+        let error = Pair::bind(pair.port(), 0).err().unwrap();
+        assert!(is_in_use(&error), "{error}");
+        assert!(Pair::beside(pair.port(), 0).is_ok());
+    }
+}
