@@ -69,6 +69,23 @@ fn the_listen_port_changes_and_a_taken_one_is_refused() {
 }
 
 #[test]
+fn no_port_is_bound_while_the_link_is_down() {
+    let (a, _) = wired();
+    a.tunnel("wg0");
+    let listening = || a.sh("ss -Huln sport = 7777");
+    let key = a.sh("wg genkey");
+    a.sh_with("wg set wg0 listen-port 7777 private-key /dev/stdin", &key);
+    assert_eq!(listening(), "");
+    assert_eq!(a.sh("wg show wg0 listen-port"), "7777");
+    a.sh("ip link set wg0 up");
+    wait_for("the port", || listening().lines().count() == 2);
+    a.sh("ip link set wg0 down");
+    wait_for("the port to be free", || listening().is_empty());
+    a.sh("ip link set wg0 up");
+    wait_for("the port", || listening().lines().count() == 2);
+}
+
+#[test]
 fn the_fwmark_is_on_what_leaves() {
     let pair = Pair::over_ipv4();
     pair.a.wait_for_ping("10.9.0.2");

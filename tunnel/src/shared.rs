@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -33,6 +34,8 @@ struct Settings {
     /// As configured: 0 for a random one.
     listen_port: u16,
     fwmark: u32,
+    /// The link is up and the port is somebody else's, which was said.
+    is_port_missing: bool,
 }
 
 /// Why a tunnel ends.
@@ -87,7 +90,7 @@ impl Shared {
     /// Follows the TUN device: its MTU, and whether it is up.
     pub(crate) fn follow_link(&self) {
         // Held all the while, so that what was seen first is not applied last.
-        let settings = self.settings.lock();
+        let mut settings = self.settings.lock();
         let up = match self.tun.link().state() {
             Ok(state) => {
                 self.device.set_mtu(state.mtu);
@@ -100,9 +103,17 @@ impl Shared {
         if up == self.device.is_up() {
             return;
         }
-        if up && let Err(error) = self.listen(&settings) {
-            tracing::warn!(%error, port = settings.listen_port, "cannot listen");
+        if !up {
+            *self.sockets.write() = None;
+            self.rebound.notify();
+        } else if let Err(error) = self.listen(&settings) {
+            // It stays down, and the next packet tries again.
+            if !std::mem::replace(&mut settings.is_port_missing, true) {
+                tracing::warn!(%error, port = settings.listen_port, "cannot listen");
+            }
+            return;
         }
+        settings.is_port_missing = false;
         tracing::info!(up, "TUN device");
         let mut outbox = Outbox::new();
         self.device.set_up(up, &mut outbox);
@@ -111,9 +122,16 @@ impl Shared {
 
     /// Binds the configured port if nothing is bound yet.
     fn listen(&self, settings: &Settings) -> io::Result<()> {
-        if self.sockets.read().is_none() {
-            self.rebind(Sockets::bind(settings.listen_port, settings.fwmark)?);
+        if self.sockets.read().is_some() {
+            return Ok(());
         }
+        let bind = || Sockets::bind(settings.listen_port, settings.fwmark);
+        let sockets = bind().or_else(|_| {
+            // The thread that receives may have the sockets from before the link went down.
+            std::thread::sleep(Duration::from_millis(20));
+            bind()
+        })?;
+        self.rebind(sockets);
         Ok(())
     }
 
@@ -123,7 +141,7 @@ impl Shared {
         self.rebound.notify();
     }
 
-    /// New sockets, if the update asks for another port.
+    /// New sockets, if the update asks for another port and the link is up.
     fn bind_for(
         &self,
         settings: &Settings,
@@ -141,7 +159,9 @@ impl Shared {
             None => return Ok(None),
         };
         let fwmark = update.fwmark.unwrap_or(settings.fwmark);
-        Sockets::bind(port, fwmark).map(Some).map_err(|error| errno(&error))
+        let sockets = Sockets::bind(port, fwmark).map_err(|error| errno(&error))?;
+        // While the link is down no port is bound, but whether it can be is worth knowing.
+        Ok(Some(sockets).filter(|_| self.device.is_up()))
     }
 }
 

@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant, SystemTime};
 
 use ipnet::IpNet;
 use zeroize::Zeroizing;
@@ -141,6 +142,22 @@ pub(super) struct Config {
     free: Vec<PeerId>,
     peers_changed: bool,
     allowed_ips_changed: bool,
+    last_publication: Publication,
+}
+
+/// When the tables were last made, and how long that took, which grows with the number of
+/// peers: who adds thousands one by one must not pay for all of them each time.
+#[derive(Default)]
+struct Publication {
+    end: Option<Instant>,
+    took: Duration,
+}
+
+impl Publication {
+    /// Whether to make them again at once, and not when a packet needs them.
+    fn is_cheap(&self) -> bool {
+        self.end.is_none_or(|end| end.elapsed() >= 10 * self.took)
+    }
 }
 
 struct Configured {
@@ -168,9 +185,11 @@ impl Device {
         for peer in &update.peers {
             self.apply_peer(&mut config, peer, outbox);
         }
-        self.publish(&mut config);
-        drop(config);
-        self.greet_new(update, outbox);
+        self.stale.store(true, Ordering::Release);
+        if config.last_publication.is_cheap() {
+            self.publish(&mut config);
+        }
+        self.greet_new(&config, update, outbox);
     }
 
     /// The private key, or zeros if there is none.
@@ -275,13 +294,12 @@ impl Device {
         }
     }
 
-    /// Sets keepalives, after the tables are out: a peer that gets one is greeted at once, and
-    /// its answer must find it.
-    fn greet_new(&self, update: &DeviceUpdate, outbox: &mut Outbox) {
-        let tables = self.tables();
+    /// Sets keepalives, at the end: a peer that gets one is greeted at once, and its answer
+    /// must find it.
+    fn greet_new(&self, config: &Config, update: &DeviceUpdate, outbox: &mut Outbox) {
         for update in &update.peers {
-            let (Some(keepalive), Some(peer)) =
-                (update.persistent_keepalive, tables.by_key(&update.public_key))
+            let (Some(keepalive), Some(Configured { peer, .. })) =
+                (update.persistent_keepalive, config.peers.get(&update.public_key))
             else {
                 continue;
             };
@@ -293,11 +311,13 @@ impl Device {
         }
     }
 
-    fn publish(&self, config: &mut Config) {
+    /// Makes the tables what the configuration says.
+    pub(super) fn publish(&self, config: &mut Config) {
+        let start = Instant::now();
         let mut tables = Tables {
             identity: config.identity.clone(),
             indices: Arc::clone(&config.indices),
-            ..self.tables().share()
+            ..self.tables.read().share()
         };
         if std::mem::take(&mut config.peers_changed) {
             tables.slots = Arc::new(config.slots.clone());
@@ -310,6 +330,8 @@ impl Device {
             tables.allowed_ips = Arc::new(AllowedIps::new(owners));
         }
         *self.tables.write() = Arc::new(tables);
+        self.stale.store(false, Ordering::Release);
+        config.last_publication = Publication { end: Some(Instant::now()), took: start.elapsed() };
     }
 }
 

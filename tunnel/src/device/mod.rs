@@ -34,6 +34,8 @@ pub const TICK: std::time::Duration = std::time::Duration::from_millis(250);
 /// It starts down; packets and datagrams are dropped until [`Device::set_up`].
 pub struct Device {
     config: Mutex<Config>,
+    /// Whether the tables lack what the configuration has.
+    stale: AtomicBool,
     tables: RwLock<Arc<Tables>>,
     up: AtomicBool,
     /// Of the TUN device, bytes.
@@ -58,6 +60,7 @@ impl Device {
     pub fn new(mtu: usize) -> Self {
         Self {
             config: Mutex::default(),
+            stale: AtomicBool::new(false),
             tables: RwLock::default(),
             up: AtomicBool::new(false),
             mtu: AtomicUsize::new(mtu),
@@ -238,6 +241,11 @@ impl Device {
     }
 
     fn tables(&self) -> Arc<Tables> {
+        if self.stale.load(Ordering::Acquire)
+            && let Some(mut config) = self.config.try_lock()
+        {
+            self.publish(&mut config);
+        }
         Arc::clone(&self.tables.read())
     }
 

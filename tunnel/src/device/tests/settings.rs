@@ -1,10 +1,11 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use super::pair::{Node, Sent, connected, net, packet, pair, passes, run};
-use crate::device::{AllowedIpChange, DeviceUpdate, PeerUpdate};
+use super::pair::{MTU, Node, Sent, connected, net, packet, pair, passes, run};
+use crate::Outbox;
+use crate::device::{AllowedIpChange, Device, DeviceUpdate, PeerUpdate};
 
 const PSK: [u8; 32] = [5; 32];
 
@@ -254,6 +255,26 @@ fn the_private_key_is_read_back_clamped() {
     let clamped = a.device.private_key();
     assert_eq!((clamped[0] & 7, clamped[31] >> 6), (0, 1));
     assert_eq!(PublicKey::from(&StaticSecret::from(*clamped)).as_bytes(), &a.public());
+}
+
+#[test]
+fn peers_that_are_added_one_by_one_cost_the_same_each() {
+    let time = |peers: u32| {
+        let device = Device::new(MTU);
+        let start = Instant::now();
+        for n in 0..peers {
+            let mut key = [9; 32];
+            key[..4].copy_from_slice(&n.to_be_bytes());
+            let prefix = net(&format!("10.{}.{}.0/24", n / 250, n % 250));
+            let allowed_ips = vec![AllowedIpChange::Add(prefix)];
+            let peer = PeerUpdate { allowed_ips, ..PeerUpdate::new(key) };
+            let update = DeviceUpdate { peers: vec![peer], ..DeviceUpdate::default() };
+            device.apply(&update, &mut Outbox::new());
+        }
+        start.elapsed()
+    };
+    let (some, many) = (time(2000), time(10_000));
+    assert!(many < 12 * some, "{some:?} and {many:?}");
 }
 
 #[test]
