@@ -1,5 +1,5 @@
 //! docs/flannel.md says of each of Flannel's and k3s's options what it does here: so it is.
-//! docs/faults.md names tests: there they are.
+//! docs/faults.md and docs/tunnel.md name tests: there they are.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,6 +7,7 @@ use std::process::Command;
 use crate::common::lab::{GAMBESON, both, stdout_of};
 
 const FAULTS: &str = include_str!("../docs/faults.md");
+const TUNNEL: &str = include_str!("../docs/tunnel.md");
 const GUIDE: &str = include_str!("../docs/flannel.md");
 
 /// The rows of the table below a heading: options, and what is said of them.
@@ -76,14 +77,16 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
 }
 
 #[test]
-fn every_test_that_the_list_of_faults_names_is_there() {
+fn every_test_that_a_list_names_is_there() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let files = ["tests", "tunnel/src"].into_iter().flat_map(|folder| sources(&root.join(folder)));
     let all: String = files.map(|file| std::fs::read_to_string(file).unwrap()).collect();
-    let names: Vec<_> = FAULTS.lines().filter(|line| line.starts_with("| ")).collect();
-    let names = names.iter().flat_map(|line| line.split('`').skip(1).step_by(2));
+    let lines = FAULTS.lines().chain(TUNNEL.lines()).filter(|line| line.starts_with("| "));
+    // The last column.
+    let cells = lines.filter_map(|line| line.trim_end_matches(" |").rsplit_once(" | "));
+    let names = cells.flat_map(|(_, tests)| tests.split('`').skip(1).step_by(2));
     let names: Vec<_> = names.map(|name| name.rsplit("::").next().unwrap()).collect();
-    assert!(names.len() > 40);
+    assert!(names.len() > 80, "{}", names.len());
     for name in names {
         assert!(all.contains(&format!("fn {name}(")), "there is no test {name}");
     }

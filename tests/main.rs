@@ -6,6 +6,7 @@ mod admission;
 mod agent;
 mod api;
 mod apply;
+mod attack;
 mod boot;
 mod changeover;
 mod chaos;

@@ -1,6 +1,9 @@
 use std::fmt::Write as _;
+use std::process::Stdio;
+use std::thread::sleep;
+use std::time::Duration;
 
-use super::host::{GAMBESON, Pair, wait_for, wired};
+use super::host::{GAMBESON, Host, Pair, wait_for, wired};
 
 #[test]
 fn setconf_and_showconf_agree_and_syncconf_loses_nothing() {
@@ -49,6 +52,36 @@ fn attributes_of_a_peer_change_without_a_loss() {
     assert_eq!(pair.a.sh("wg show wg0 preshared-keys | cut -f2"), psk);
     assert_eq!(pair.a.sh("wg show wg0 persistent-keepalive | cut -f2"), "25");
     assert_eq!(pair.a.sh("wg show wg0 allowed-ips | cut -f2"), "10.9.0.2/32 10.10.0.0/16");
+}
+
+#[test]
+fn fifty_changes_of_the_preshared_key_lose_nothing() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    let ping = |host: &Host, to: &str| {
+        let mut ping = host.command("ping");
+        ping.args(["-n", "-q", "-i", "0.001", "-c", "12000", "-W", "2", to]);
+        ping.stdout(Stdio::piped()).spawn().expect("ping (apt-get install iputils-ping)")
+    };
+    let pings = [ping(&pair.a, "10.9.0.2"), ping(&pair.b, "10.9.0.1")];
+    for n in 0..50 {
+        let psk = pair.a.sh("wg genpsk");
+        let set = |host: &Host, peer: &str| {
+            host.sh_with(&format!("wg set wg0 peer {peer} preshared-key /dev/stdin"), &psk);
+        };
+        let (a, b) = ((&pair.a, &pair.key_b), (&pair.b, &pair.key_a));
+        let (first, second) = if n % 2 == 0 { (a, b) } else { (b, a) };
+        set(first.0, first.1);
+        sleep(Duration::from_millis(n * 7 % 150));
+        set(second.0, second.1);
+        sleep(Duration::from_millis(100));
+    }
+    for ping in pings {
+        let output = ping.wait_with_output().expect("it ends");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains("12000 received"), "{said}");
+    }
+    assert!(pair.a.pings("10.9.0.2"));
 }
 
 #[test]

@@ -168,6 +168,24 @@ fn a_device_moved_to_another_namespace_works_there() {
 }
 
 #[test]
+fn congestion_is_told_through_the_tunnel() {
+    let pair = Pair::over_ipv4();
+    pair.a.wait_for_ping("10.9.0.2");
+    let rules = "add table ip t
+        add chain ip t outside { type filter hook prerouting priority 0; }
+        add rule ip t outside iifname eth0 udp dport 5002 ip ecn ect0 ip ecn set ce
+        add chain ip t inside { type filter hook input priority 0; }
+        add rule ip t inside iifname wg0 ip ecn ce counter";
+    pair.b.sh_with("nft -f -", rules);
+    pair.a.sh("ping -n -c 3 -i 0.1 -W 2 -Q 2 10.9.0.2");
+    let counted = pair.b.sh("nft list chain ip t inside");
+    assert!(counted.contains("packets 3 "), "{counted}");
+    pair.a.sh("ping -n -c 3 -i 0.1 -W 2 10.9.0.2");
+    let counted = pair.b.sh("nft list chain ip t inside");
+    assert!(counted.contains("packets 3 "), "{counted}");
+}
+
+#[test]
 fn an_uplink_that_fails_over_is_left_at_once() {
     let pair = Pair::over_ipv4();
     let (a, b) = (&pair.a, &pair.b);

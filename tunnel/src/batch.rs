@@ -8,6 +8,9 @@ use crate::endpoint::Endpoint;
 /// The largest packet that a TUN device hands over, and the largest payload of a datagram.
 pub(crate) const MAX_PACKET: usize = 65_535;
 
+/// Differentiated services AF41 (`HANDSHAKE_DSCP`, drivers/net/wireguard/messages.h).
+const HANDSHAKE_TOS: u8 = 0x88;
+
 /// WireGuard pads the plaintext to a multiple of this many bytes.
 const PADDING: usize = 16;
 
@@ -105,6 +108,21 @@ pub struct Destination {
     pub endpoint: Endpoint,
     /// Whose datagram it is.
     pub(crate) peer: Option<PeerId>,
+    /// Type of service, or traffic class.
+    pub(crate) tos: u8,
+}
+
+impl Destination {
+    /// Of a packet with these bits of explicit congestion notification, which the datagram
+    /// takes over (RFC 6040, 4.1).
+    pub(crate) fn of_packet(endpoint: Endpoint, peer: PeerId, ecn: u8) -> Self {
+        Self { endpoint, peer: Some(peer), tos: ecn }
+    }
+
+    /// Of a message that carries no packet. Handshakes have this class in the kernel, too.
+    pub(crate) fn of_handshake(endpoint: Endpoint, peer: Option<PeerId>) -> Self {
+        Self { endpoint, peer, tos: HANDSHAKE_TOS }
+    }
 }
 
 impl Outbox {
@@ -139,8 +157,8 @@ impl Outbox {
     }
 
     /// Adds the datagram in the first `len` bytes of the last [`Outbox::space`].
-    pub(crate) fn commit(&mut self, len: usize, endpoint: Endpoint, peer: Option<PeerId>) {
-        self.datagrams.push((self.used..self.used + len, Destination { endpoint, peer }));
+    pub(crate) fn commit(&mut self, len: usize, to: Destination) {
+        self.datagrams.push((self.used..self.used + len, to));
         self.used += len;
     }
 
@@ -214,7 +232,7 @@ mod tests {
         let sizes = [(100, 1), (100, 1), (60, 1), (100, 1), (100, 2), (200, 2), (200, 2)];
         for (n, (len, port)) in (1..).zip(sizes) {
             outbox.space(len)[..len].fill(n);
-            outbox.commit(len, to(port), None);
+            outbox.commit(len, Destination::of_handshake(to(port), None));
         }
         let runs = |limit| {
             outbox.runs(limit).map(|run| run.datagrams().map(<[u8]>::len).collect()).collect()
@@ -233,7 +251,8 @@ mod tests {
         let mut outbox = Outbox::new();
         for _ in 0..100 {
             outbox.space(9000);
-            outbox.commit(9000, Endpoint::new(([192, 0, 2, 1], 1).into()), None);
+            let to = Endpoint::new(([192, 0, 2, 1], 1).into());
+            outbox.commit(9000, Destination::of_handshake(to, None));
         }
         assert!(outbox.runs(64).all(|run| run.bytes.len() <= 65_507));
         assert_eq!(outbox.runs(64).next().map(|run| run.datagrams().count()), Some(7));

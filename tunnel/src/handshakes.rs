@@ -34,7 +34,7 @@ pub(crate) fn queue() -> (Handshakes, Receiver<Handshake>) {
 impl Handshakes {
     /// Lets a message wait, or drops it if there are too many.
     pub(crate) fn push(&self, datagram: Datagram<'_>) {
-        let Datagram { bytes, from, to } = datagram;
+        let Datagram { bytes, from, to, .. } = datagram;
         let mut handshake = Handshake { bytes: [0; HANDSHAKE_LEN], len: bytes.len(), from, to };
         let Some(room) = handshake.bytes.get_mut(..bytes.len()) else { return };
         room.copy_from_slice(bytes);
@@ -45,7 +45,7 @@ impl Handshakes {
 impl Handshake {
     fn datagram(&self) -> Datagram<'_> {
         let bytes = self.bytes.get(..self.len).unwrap_or_default();
-        Datagram { bytes, from: self.from, to: self.to }
+        Datagram { bytes, from: self.from, to: self.to, ecn: 0 }
     }
 }
 

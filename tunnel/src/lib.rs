@@ -14,6 +14,7 @@ mod device;
 mod endpoint;
 mod error;
 mod handshakes;
+mod ip;
 mod netlink;
 mod noise;
 mod process;

@@ -10,7 +10,7 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
@@ -19,8 +19,9 @@ use parking_lot::{Mutex, MutexGuard, RwLock};
 pub use config::{AllowedIpChange, DeviceUpdate, PeerStatus, PeerUpdate};
 pub use tables::PeerId;
 
-use crate::batch::{Batch, MAX_PACKET, Outbox};
+use crate::batch::{Batch, Destination, MAX_PACKET, Outbox};
 use crate::endpoint::{Endpoint, Source};
+use crate::ip;
 use crate::noise::{COOKIE_LEN, Claimed, Message, Verdict};
 use config::Config;
 use peer::{Peer, State};
@@ -53,6 +54,8 @@ pub struct Datagram<'a> {
     pub from: SocketAddr,
     /// The address of ours that it was sent to, if known.
     pub to: Option<Source>,
+    /// Its bits of explicit congestion notification.
+    pub ecn: u8,
 }
 
 impl Device {
@@ -105,7 +108,7 @@ impl Device {
         let now = self.now();
         let mut held = Held::default();
         for (packet, padded) in batch.padded(self.mtu.load(Ordering::Relaxed)) {
-            let Some(peer) = destination(packet).and_then(|to| tables.route(to)) else {
+            let Some(peer) = ip::destination(packet).and_then(|to| tables.route(to)) else {
                 tracing::trace!("no peer for a packet");
                 continue;
             };
@@ -148,10 +151,13 @@ impl Device {
             let Some(peer) = peer else { continue };
             let state = held.lock(peer);
             if let Some(len) = state.open(peer, receiver, &datagram, now, packets) {
-                let packet = &packets.space(len)[..len];
+                let packet = &mut packets.space(len)[..len];
+                if datagram.ecn == ip::CE {
+                    ip::set_congested(packet);
+                }
                 // The owner of the source over ALL peers: a shorter prefix of this peer does
                 // not let it speak for the owner of a longer one.
-                let owner = source(packet).and_then(|from| tables.allowed(from));
+                let owner = ip::source(packet).and_then(|from| tables.allowed(from));
                 if owner == Some(peer.id) {
                     packets.commit(len);
                 } else {
@@ -176,7 +182,10 @@ impl Device {
             let reply = outbox.space(COOKIE_LEN);
             match identity.check(datagram.from, datagram.bytes, now, reply) {
                 Verdict::Answer => {}
-                Verdict::Cookie(len) => return outbox.commit(len, datagram.endpoint(), None),
+                Verdict::Cookie(len) => {
+                    return outbox
+                        .commit(len, Destination::of_handshake(datagram.endpoint(), None));
+                }
                 Verdict::Drop => return,
             }
         }
@@ -275,29 +284,5 @@ impl<'t> Held<'t> {
             self.0 = None;
         }
         &mut self.0.get_or_insert_with(|| (peer.id, peer.lock())).1
-    }
-}
-
-/// The destination address of an IP packet.
-fn destination(packet: &[u8]) -> Option<IpAddr> {
-    address(packet, 16, 24)
-}
-
-/// The source address of an IP packet.
-fn source(packet: &[u8]) -> Option<IpAddr> {
-    address(packet, 12, 8)
-}
-
-fn address(packet: &[u8], v4: usize, v6: usize) -> Option<IpAddr> {
-    match packet.first()? >> 4 {
-        4 if packet.len() >= 20 => {
-            let octets: [u8; 4] = packet[v4..v4 + 4].try_into().ok()?;
-            Some(Ipv4Addr::from(octets).into())
-        }
-        6 if packet.len() >= 40 => {
-            let octets: [u8; 16] = packet[v6..v6 + 16].try_into().ok()?;
-            Some(Ipv6Addr::from(octets).into())
-        }
-        _ => None,
     }
 }

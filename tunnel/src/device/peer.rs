@@ -10,7 +10,8 @@ use base64::engine::general_purpose::STANDARD;
 use parking_lot::{Mutex, MutexGuard};
 use zeroize::Zeroizing;
 
-use super::{Batch, Datagram, Endpoint, FLUSH_LIMIT, MAX_PACKET, Outbox, PeerId};
+use super::{Batch, Datagram, Destination, Endpoint, FLUSH_LIMIT, MAX_PACKET, Outbox, PeerId};
+use crate::ip;
 use crate::noise::{
     Claimed, HANDSHAKE_LEN, Identity, Indices, Noise, OVERHEAD, Opened, Sealed, Tick,
 };
@@ -82,10 +83,11 @@ impl State {
         self.wake(peer);
         let out = outbox.space(HANDSHAKE_LEN.max(packet.len() + OVERHEAD));
         match self.noise.seal(packet, now, out) {
-            Sealed::Datagram(len) | Sealed::Initiation(len) => {
-                outbox.commit(len, endpoint, Some(peer.id));
+            Sealed::Datagram(len) => {
+                outbox.commit(len, Destination::of_packet(endpoint, peer.id, ip::ecn(packet)));
                 self.count_sent(len, now);
             }
+            Sealed::Initiation(len) => self.commit(peer, len, endpoint, now, outbox),
             Sealed::Waiting | Sealed::Refused => {}
         }
     }
@@ -146,8 +148,7 @@ impl State {
     ) {
         self.heard(peer, opened, datagram, now);
         if let Opened::Reply(len) = *opened {
-            outbox.commit(len, datagram.endpoint(), Some(peer.id));
-            self.count_sent(len, now);
+            self.commit(peer, len, datagram.endpoint(), now, outbox);
         }
     }
 
@@ -170,9 +171,10 @@ impl State {
     pub(super) fn flush(&mut self, peer: &Peer, now: u64, outbox: &mut Outbox) {
         let Some(endpoint) = self.endpoint else { return };
         while self.noise.has_queued(now) && outbox.used() < FLUSH_LIMIT {
+            let ecn = self.noise.queued().map_or(0, ip::ecn);
             let out = outbox.space(MAX_PACKET + OVERHEAD);
             if let Some(len) = self.noise.seal_queued(now, out) {
-                outbox.commit(len, endpoint, Some(peer.id));
+                outbox.commit(len, Destination::of_packet(endpoint, peer.id, ecn));
                 self.count_sent(len, now);
             }
         }
@@ -180,19 +182,16 @@ impl State {
 
     /// Runs the timers.
     pub(super) fn tick(&mut self, peer: &Peer, now: u64, outbox: &mut Outbox) {
-        let Some(endpoint) = &mut self.endpoint else {
+        let Some(endpoint) = self.endpoint else {
             return peer.awake.store(false, Ordering::Relaxed);
         };
         match self.noise.tick(now, outbox.space(HANDSHAKE_LEN)) {
-            Tick::Send(len) => {
-                outbox.commit(len, *endpoint, Some(peer.id));
-                return self.count_sent(len, now);
-            }
+            Tick::Send(len) => return self.commit(peer, len, endpoint, now, outbox),
             Tick::Retry(len) => {
                 // Whatever it was sent from before, it does not hear us.
-                endpoint.source = None;
-                outbox.commit(len, *endpoint, Some(peer.id));
-                return self.count_sent(len, now);
+                let endpoint = Endpoint { source: None, ..endpoint };
+                self.endpoint = Some(endpoint);
+                return self.commit(peer, len, endpoint, now, outbox);
             }
             Tick::Idle if self.keepalive == 0 => {
                 peer.awake.store(false, Ordering::Relaxed);
@@ -212,8 +211,7 @@ impl State {
         // The interval counts from the attempt, so that an unreachable peer is not flooded.
         self.last_traffic = now;
         if let Some(len) = self.noise.keepalive(now, outbox.space(HANDSHAKE_LEN)) {
-            outbox.commit(len, endpoint, Some(peer.id));
-            self.count_sent(len, now);
+            self.commit(peer, len, endpoint, now, outbox);
         }
     }
 
@@ -222,8 +220,7 @@ impl State {
         let Some(endpoint) = self.endpoint else { return };
         self.wake(peer);
         if let Some(len) = self.noise.initiate(true, now, outbox.space(HANDSHAKE_LEN)) {
-            outbox.commit(len, endpoint, Some(peer.id));
-            self.count_sent(len, now);
+            self.commit(peer, len, endpoint, now, outbox);
         }
     }
 
@@ -241,6 +238,12 @@ impl State {
             tracing::debug!(peer = %peer, address = %to.address, "endpoint changed");
         }
         self.endpoint = Some(to);
+    }
+
+    /// Sends a message that carries no packet.
+    fn commit(&mut self, peer: &Peer, len: usize, to: Endpoint, now: u64, outbox: &mut Outbox) {
+        outbox.commit(len, Destination::of_handshake(to, Some(peer.id)));
+        self.count_sent(len, now);
     }
 
     fn count_sent(&mut self, len: usize, now: u64) {

@@ -30,6 +30,7 @@ pub(crate) use identity::Identity;
 pub(crate) use indices::Indices;
 pub(crate) use message::{COOKIE_LEN, INITIATION_LEN as HANDSHAKE_LEN, Message};
 
+use crate::ip;
 use bucket::{Bucket, Rate};
 use cookie::Jar;
 use crypto::{Key, agree};
@@ -193,6 +194,11 @@ impl Noise {
         !self.waiting.is_empty() && self.has_session(now)
     }
 
+    /// The next packet that waits.
+    pub(crate) fn queued(&self) -> Option<&[u8]> {
+        self.waiting.front().map(Vec::as_slice)
+    }
+
     /// The next packet that waited, sealed, now that there may be a session. With too short an
     /// `out` it is dropped.
     pub(crate) fn seal_queued(&mut self, now: u64, out: &mut [u8]) -> Option<usize> {
@@ -222,7 +228,7 @@ impl Noise {
         {
             self.is_due = true;
         }
-        match out.get(..received.len).and_then(ip_len) {
+        match out.get(..received.len).and_then(ip::len) {
             _ if !is_data => Opened::Keepalive,
             Some(len) => Opened::Packet(len),
             None => Opened::Invalid,
@@ -360,15 +366,4 @@ impl Noise {
         self.completed = true;
         self.timers.completed();
     }
-}
-
-/// The length that an IP packet says it has, if it is all there.
-fn ip_len(packet: &[u8]) -> Option<usize> {
-    let half = |at| message::array(packet, at).map(|bytes| usize::from(u16::from_be_bytes(bytes)));
-    let len = match packet.first()? >> 4 {
-        4 if packet.len() >= 20 => half(2)?,
-        6 if packet.len() >= 40 => half(4)? + 40,
-        _ => return None,
-    };
-    (len <= packet.len()).then_some(len)
 }

@@ -8,9 +8,10 @@ use std::os::fd::RawFd;
 use nix::errno::Errno;
 use socket2::SockAddr;
 
+use crate::batch::Destination;
 use crate::endpoint::{Endpoint, Source};
 
-/// Room for a packet information message of either family and a segment size.
+/// Room for a packet information message of either family, a segment size and a class.
 pub(super) const CONTROL: usize = 128;
 
 /// Control messages need the alignment of their header.
@@ -23,9 +24,10 @@ pub(super) fn send_message(
     fd: RawFd,
     bytes: &[u8],
     segment: usize,
-    to: &Endpoint,
+    to: &Destination,
 ) -> io::Result<()> {
-    let address = SockAddr::from(to.address);
+    let Endpoint { address: receiver, source } = to.endpoint;
+    let address = SockAddr::from(receiver);
     let mut control = Control([0; CONTROL]);
     let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     // SAFETY: a msghdr is plain data, for which zero is a value.
@@ -35,8 +37,15 @@ pub(super) fn send_message(
     message.msg_iov = &raw mut iov;
     message.msg_iovlen = 1;
     let mut used = 0;
-    if let Some(source) = to.source {
-        used += write_source(&mut control, source, to.address);
+    if let Some(source) = source {
+        used += write_source(&mut control, source, receiver);
+    }
+    if to.tos != 0 {
+        let (level, kind) = match receiver {
+            SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
+            SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+        };
+        used += write_control(&mut control, used, level, kind, libc::c_int::from(to.tos));
     }
     if segment < bytes.len() {
         let segment = u16::try_from(segment).map_err(|_| Errno::EINVAL)?;

@@ -137,7 +137,7 @@ impl Sockets {
     /// Sends by the main sockets, or by a lane, if there was no room for the peer of late.
     fn send_by_lane(&self, to: &Destination, bytes: &[u8], segment: usize) -> io::Result<()> {
         if !to.peer.is_some_and(|peer| self.slow.has(peer)) {
-            match send_to(&self.main, &to.endpoint, bytes, segment) {
+            match send_to(&self.main, to, bytes, segment) {
                 Err(error) if is_full(&error) => to.peer.map(|peer| self.slow.insert(peer)),
                 result => return result,
             };
@@ -145,7 +145,7 @@ impl Sockets {
         let Some((peer, lane)) = to.peer.and_then(|peer| Some((peer, self.lane(peer)?))) else {
             return Err(Errno::EAGAIN.into());
         };
-        let result = send_to(lane, &to.endpoint, bytes, segment);
+        let result = send_to(lane, to, bytes, segment);
         if result.as_ref().is_err_and(is_full) {
             self.slow.insert(peer);
         }
@@ -181,8 +181,10 @@ impl Slow {
     }
 }
 
-fn send_to(pair: &Pair, to: &Endpoint, bytes: &[u8], segment: usize) -> io::Result<()> {
-    let Some(socket) = pair.of(&to.address) else { return Err(Errno::EAFNOSUPPORT.into()) };
+fn send_to(pair: &Pair, to: &Destination, bytes: &[u8], segment: usize) -> io::Result<()> {
+    let Some(socket) = pair.of(&to.endpoint.address) else {
+        return Err(Errno::EAFNOSUPPORT.into());
+    };
     send_message(socket.as_raw_fd(), bytes, segment, to)
 }
 
@@ -222,7 +224,8 @@ mod tests {
         let mut outbox = Outbox::new();
         for (n, len) in (1..).zip(lengths) {
             outbox.space(*len).fill(n);
-            outbox.commit(*len, Endpoint { address, source: Some(source) }, None);
+            let to = Endpoint { address, source: Some(source) };
+            outbox.commit(*len, Destination { endpoint: to, peer: None, tos: 0x02 });
         }
         sender.send(&outbox, &Device::new(1420));
         let mut buffers = Receiver::new();
@@ -233,6 +236,7 @@ mod tests {
             buffers.receive(socket).unwrap();
             got.extend(buffers.datagrams().map(|datagram| {
                 assert_eq!(datagram.to, Some(Source::new([127, 0, 0, 7].into(), 1)));
+                assert_eq!(datagram.ecn, 2);
                 assert_eq!(datagram.from, SocketAddr::from(([127, 0, 0, 5], sender.port())));
                 datagram.bytes.to_vec()
             }));

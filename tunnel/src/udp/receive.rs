@@ -11,6 +11,7 @@ use super::message::{CONTROL, Control};
 use crate::batch::MAX_PACKET;
 use crate::device::Datagram;
 use crate::endpoint::Source;
+use crate::ip;
 
 /// How many datagrams one receive takes.
 const RECEIVE: usize = 32;
@@ -78,9 +79,9 @@ impl Receiver {
             let from = socket_address(&self.names[i]);
             // The kernel has merged neighbours of one length; an empty one counts as none.
             let bytes = &self.buffers[i * STRIDE..i * STRIDE + len];
-            bytes
-                .chunks(info.segment.unwrap_or(len).max(1))
-                .filter_map(move |bytes| Some(Datagram { bytes, from: from?, to: info.to }))
+            bytes.chunks(info.segment.unwrap_or(len).max(1)).filter_map(move |bytes| {
+                Some(Datagram { bytes, from: from?, to: info.to, ecn: info.ecn })
+            })
         })
     }
 
@@ -127,6 +128,8 @@ fn socket_address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
 struct Info {
     /// The address of ours that was sent to.
     to: Option<Source>,
+    /// The bits of explicit congestion notification, of each merged datagram the same.
+    ecn: u8,
     /// The length of each merged datagram but the last.
     segment: Option<usize>,
 }
@@ -162,6 +165,15 @@ impl Info {
                 let info = unsafe { data.cast::<libc::in6_pktinfo>().read_unaligned() };
                 let ip = Ipv6Addr::from(info.ipi6_addr.s6_addr);
                 self.to = Some(Source::new(ip.into(), info.ipi6_ifindex));
+            }
+            (libc::IPPROTO_IP, libc::IP_TOS) => {
+                // SAFETY: as above.
+                self.ecn = ip::CE & unsafe { data.read() };
+            }
+            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                // SAFETY: as above.
+                let class = unsafe { data.cast::<libc::c_int>().read_unaligned() };
+                self.ecn = ip::CE & class.to_le_bytes()[0];
             }
             (libc::SOL_UDP, libc::UDP_GRO) => {
                 // SAFETY: as above.

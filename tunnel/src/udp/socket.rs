@@ -100,8 +100,10 @@ fn socket(address: SocketAddr, fwmark: u32, shared: bool) -> io::Result<Option<S
     if address.is_ipv6() {
         socket.set_only_v6(true)?;
         set_flag(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
+        set_flag(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS)?;
     } else {
         set_flag(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?;
+        set_flag(&socket, libc::IPPROTO_IP, libc::IP_RECVTOS)?;
     }
     if kernel_version() >= (5, 12, 0) {
         // Without it, datagrams come one by one.

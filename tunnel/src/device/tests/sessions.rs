@@ -186,3 +186,14 @@ fn messages_may_be_8_000_out_of_order() {
     assert_eq!(b.open_from(&early.bytes, a.address).0.len(), 1);
     assert_eq!(b.open_from(&early.bytes, a.address).0.len(), 0);
 }
+
+#[test]
+fn a_handshake_without_an_answer_lets_go_of_the_source_address() {
+    let (a, b) = connected();
+    let source = || a.device.tables().peers().find_map(|peer| peer.lock().endpoint?.source);
+    assert!(source().is_some());
+    a.seal(&packet(a.inside, b.inside, 100));
+    let sent = a.tick(Duration::from_secs(16));
+    assert_eq!(count(&sent), 1);
+    assert_eq!(source(), None);
+}

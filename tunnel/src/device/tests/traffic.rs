@@ -1,9 +1,9 @@
 use std::time::{Duration, SystemTime};
 
 use super::pair::{MTU, Node, connected, net, packet, pair, passes, run};
-use crate::Outbox;
-use crate::device::{AllowedIpChange, PeerUpdate};
+use crate::device::{AllowedIpChange, Datagram, PeerUpdate};
 use crate::noise::OVERHEAD;
+use crate::{Batch, Outbox};
 
 #[test]
 fn the_first_packet_waits_for_the_handshake_and_arrives() {
@@ -49,6 +49,24 @@ fn plaintext_is_padded_to_16_bytes_but_not_past_the_mtu() {
         let sent = a.seal(&packet);
         assert_eq!(sent[0].bytes.len(), padded + OVERHEAD, "{len}");
         assert_eq!(run(&a, &b, sent), vec![packet]);
+    }
+}
+
+#[test]
+fn congestion_is_told_from_outside_to_inside_and_back() {
+    let (a, b) = connected();
+    for (ecn, outside, told) in [(1, 1, 3), (2, 2, 3), (0, 0, 0), (3, 3, 3)] {
+        let mut packet = packet(a.inside, b.inside, 100);
+        packet[1] = 0xb8 | ecn;
+        let (mut batch, mut outbox) = (Batch::new(), Outbox::new());
+        batch.push(&packet);
+        a.device.seal(&batch, &mut outbox);
+        let (bytes, to) = outbox.datagrams().next().unwrap();
+        assert_eq!(to.tos, outside);
+        // It meets a queue on the way.
+        let datagram = Datagram { bytes, from: a.address, to: None, ecn: 3 };
+        let (packets, _) = b.open_datagram(datagram);
+        assert_eq!(packets[0][1], 0xb8 | told);
     }
 }
 
