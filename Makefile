@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit check soak vm image manifests
+.PHONY: help setup lab test unit check soak bench vm image manifests
 
 help:   ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,13 @@ soak:   ## Rotations, kills, upgrades and outages under load: make soak MINUTES=
 	@deploy/setup/debian.sh
 	GAMBESON_SOAK_SECONDS=$$((60 * $(or $(MINUTES),10))) GAMBESON_SOAK_RATE=$(or $(RATE),50) \
 		cargo nextest run --locked --no-capture --test integration soak::
+
+bench:  ## The tunnel under attack, beside wireguard-go: make bench ROUNDS=3
+	@deploy/setup/debian.sh
+	@deploy/bench/peers.sh $(TARGET)/bench
+	cargo build --locked --release --package gambeson --package gambeson-bench
+	$(TARGET)/release/gambeson-bench --gambeson $(TARGET)/release/gambeson \
+		--wireguard-go $(TARGET)/bench/wireguard-go --rounds $(or $(ROUNDS),3)
 
 vm:     ## The tests with the kernel's WireGuard, in a virtual machine
 	@deploy/setup/debian.sh

@@ -9,7 +9,9 @@ use nix::errno::Errno;
 use socket2::{Domain, Protocol, Socket, Type};
 
 /// Socket buffers, bytes.
-const BUFFER: usize = 7 << 20;
+const BUFFER: libc::c_int = 7 << 20;
+/// Those of sockets for slow peers, which only send: what waits there for long is late anyway.
+const SLOW_BUFFER: libc::c_int = 1 << 20;
 /// Attempts to find a random port that is free in both families.
 const PORT_ATTEMPTS: u32 = 64;
 
@@ -113,7 +115,7 @@ fn socket(address: SocketAddr, fwmark: u32, shared: bool) -> io::Result<Option<S
     for (force, plain) in
         [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
     {
-        let size = libc::c_int::try_from(BUFFER).unwrap_or(libc::c_int::MAX);
+        let size = if shared { SLOW_BUFFER } else { BUFFER };
         if set_option(&socket, libc::SOL_SOCKET, force, size).is_err() {
             let _ = set_option(&socket, libc::SOL_SOCKET, plain, size);
         }

@@ -49,6 +49,15 @@ fn the_initiator_makes_a_new_session_after_120_s() {
 }
 
 #[test]
+fn a_flow_both_ways_loses_nothing_over_three_new_sessions() {
+    let (a, b) = connected();
+    let initiations = pass_time(&a, &b, 0, 400, |_| {
+        assert!((0..20).all(|_| passes(&a, &b) && passes(&b, &a)));
+    });
+    assert_eq!(initiations, 3);
+}
+
+#[test]
 fn the_initiator_that_only_receives_makes_one_before_the_end() {
     let (a, b) = connected();
     let initiations = pass_time(&a, &b, 0, 200, |_| assert!(passes(&b, &a)));

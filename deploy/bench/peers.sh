@@ -1,0 +1,26 @@
+#!/bin/bash
+# Puts the userspace WireGuards to compare with into a folder: wireguard-go from Debian sid,
+# whose program is linked statically and runs on any Debian. What is there already stays.
+#
+# Usage: deploy/bench/peers.sh FOLDER
+set -euo pipefail
+
+mkdir -p "$1"
+folder=$(realpath "$1")
+[ -x "$folder/wireguard-go" ] && exit
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$work/lists/partial" "$work/cache/archives/partial"
+key=/usr/share/keyrings/debian-archive-keyring.gpg
+echo "deb [signed-by=$key] http://deb.debian.org/debian sid main" > "$work/sources.list"
+apt() {
+    apt-get --quiet=2 -o Dir::Etc::SourceList="$work/sources.list" -o Dir::Etc::SourceParts=- \
+        -o Dir::State::Lists="$work/lists" -o Dir::Cache="$work/cache" \
+        -o APT::Sandbox::User=root "$@"
+}
+apt update
+(cd "$work" && apt download wireguard-go)
+dpkg-deb --extract "$work"/wireguard-go_*.deb "$work/root"
+install "$work/root/usr/bin/wireguard-go" "$folder/"
+echo "wireguard-go: $(cd "$work" && echo wireguard-go_*.deb)"
