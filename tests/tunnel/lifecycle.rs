@@ -209,3 +209,15 @@ fn keys_are_gone_from_memory_when_they_are_removed() {
         host.find_in_memory("wg0", &secrets).iter().all(|count| *count == 0)
     });
 }
+
+#[test]
+fn nobody_without_the_capability_to_trace_reads_its_memory() {
+    let host = Host::new();
+    let without = "setpriv --bounding-set -sys_ptrace";
+    host.sh(&format!("{without} {GAMBESON} tunnel wg0"));
+    let pid = host.tunnel_pid("wg0");
+    let read = |pid: &str| host.attempt(&format!("{without} bash -c ': < /proc/{pid}/mem'"));
+    assert!(!read(&pid).status.success());
+    let other = host.sh(&format!("{without} sleep 60 > /dev/null 2>&1 & echo $!"));
+    assert!(read(&other).status.success());
+}

@@ -8,7 +8,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use zeroize::Zeroize as _;
 
 /// Keeps this process's memory to itself: it leaves no core dump, and no process without
-/// CAP_SYS_PTRACE reads it or attaches to it.
+/// CAP_SYS_PTRACE reads it or attaches to it (`PR_SET_DUMPABLE`, prctl(2)).
 ///
 /// # Errors
 /// Those of prctl(2) and setrlimit(2).

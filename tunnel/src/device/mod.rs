@@ -180,7 +180,7 @@ impl Device {
         let Some(message) = Message::of(datagram.bytes) else { return };
         if matches!(message, Message::Initiation | Message::Response { .. }) {
             let reply = outbox.space(COOKIE_LEN);
-            match identity.check(datagram.from, datagram.bytes, now, reply) {
+            match identity.gate.check(datagram.from, datagram.bytes, now, reply) {
                 Verdict::Answer => {}
                 Verdict::Cookie(len) => {
                     return outbox

@@ -75,7 +75,7 @@ fn open(remote: &Remote, mac1: &[u8; MAC], reply: &[u8]) -> Option<Cookie> {
 }
 
 /// Decides which handshake messages are worth a computation.
-pub(super) struct Gate {
+pub(crate) struct Gate {
     mac1_key: [u8; 32],
     cookie_key: [u8; 32],
     state: Mutex<State>,
@@ -116,8 +116,9 @@ impl Gate {
     }
 
     /// Checks an initiation or a response. Under load it has to carry a cookie, which is bound
-    /// to address and port, and an address gets 20 a second through.
-    pub(super) fn check(
+    /// to address and port, and an address gets 20 a second through. `reply` has room for a
+    /// cookie of [`COOKIE_LEN`] bytes; `now` is the device's clock, ms.
+    pub(crate) fn check(
         &self,
         from: SocketAddr,
         message: &[u8],

@@ -1,17 +1,16 @@
 //! The device's own key pair, and what guards its handshakes.
 
-use std::net::SocketAddr;
-
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use super::cookie::{Gate, Verdict};
+use super::cookie::Gate;
 
 /// The device's own key pair.
 pub(crate) struct Identity {
     private: StaticSecret,
     public: PublicKey,
-    gate: Gate,
+    /// Decides which handshake messages are worth a computation.
+    pub(crate) gate: Gate,
 }
 
 impl Identity {
@@ -37,18 +36,6 @@ impl Identity {
     /// Whether `private` is this identity's key.
     pub(crate) fn is(&self, private: &[u8; 32]) -> bool {
         *clamp(private) == *self.private.as_bytes()
-    }
-
-    /// Decides whether an initiation or a response is worth a computation. `reply` receives a
-    /// cookie of [`COOKIE_LEN`](super::COOKIE_LEN) bytes; `now` is the device's clock, ms.
-    pub(crate) fn check(
-        &self,
-        from: SocketAddr,
-        message: &[u8],
-        now: u64,
-        reply: &mut [u8],
-    ) -> Verdict {
-        self.gate.check(from, message, now, reply)
     }
 }
 

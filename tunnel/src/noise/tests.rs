@@ -173,7 +173,7 @@ fn cookies_are_boringtuns() {
     let mut reply = [0; 64];
     let initiation = pair.their_packet();
     let verdicts: Vec<_> =
-        (0..500).map(|_| pair.identity.check(from(), &initiation, NOW, &mut reply)).collect();
+        (0..500).map(|_| pair.identity.gate.check(from(), &initiation, NOW, &mut reply)).collect();
     assert_eq!(verdicts.first(), Some(&Verdict::Answer));
     assert_eq!(verdicts.last(), Some(&Verdict::Cookie(64)));
     assert_eq!(pair.theirs(&reply).unwrap(), []);
@@ -182,8 +182,8 @@ fn cookies_are_boringtuns() {
     else {
         panic!("no initiation")
     };
-    assert_eq!(pair.identity.check(from(), next, NOW, &mut reply), Verdict::Answer);
+    assert_eq!(pair.identity.gate.check(from(), next, NOW, &mut reply), Verdict::Answer);
     let elsewhere = SocketAddr::new(from().ip(), 9);
-    let asked = pair.identity.check(elsewhere, next, NOW, &mut reply);
+    let asked = pair.identity.gate.check(elsewhere, next, NOW, &mut reply);
     assert_eq!(asked, Verdict::Cookie(64), "a cookie proves address and port");
 }
