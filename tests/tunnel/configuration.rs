@@ -1,9 +1,8 @@
 use std::fmt::Write as _;
-use std::process::Stdio;
 use std::thread::sleep;
 use std::time::Duration;
 
-use super::host::{GAMBESON, Host, Pair, wait_for, wired};
+use super::host::{GAMBESON, Host, Pair, Pings, wait_for, wired};
 
 #[test]
 fn setconf_and_showconf_agree_and_syncconf_loses_nothing() {
@@ -58,12 +57,10 @@ fn attributes_of_a_peer_change_without_a_loss() {
 fn fifty_changes_of_the_preshared_key_lose_nothing() {
     let pair = Pair::over_ipv4();
     pair.a.wait_for_ping("10.9.0.2");
-    let ping = |host: &Host, to: &str| {
-        let mut ping = host.command("ping");
-        ping.args(["-n", "-q", "-i", "0.001", "-c", "12000", "-W", "2", to]);
-        ping.stdout(Stdio::piped()).spawn().expect("ping (apt-get install iputils-ping)")
-    };
-    let pings = [ping(&pair.a, "10.9.0.2"), ping(&pair.b, "10.9.0.1")];
+    let pings = [
+        pair.a.start_pings("10.9.0.2", "0.001", 12_000),
+        pair.b.start_pings("10.9.0.1", "0.001", 12_000),
+    ];
     for n in 0..50 {
         let psk = pair.a.sh("wg genpsk");
         let set = |host: &Host, peer: &str| {
@@ -76,11 +73,7 @@ fn fifty_changes_of_the_preshared_key_lose_nothing() {
         set(second.0, second.1);
         sleep(Duration::from_millis(100));
     }
-    for ping in pings {
-        let output = ping.wait_with_output().expect("it ends");
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(said.contains("12000 received"), "{said}");
-    }
+    pings.into_iter().for_each(Pings::assert_all_answered);
     assert!(pair.a.pings("10.9.0.2"));
 }
 

@@ -116,6 +116,14 @@ impl Host {
         self.attempt(&format!("ping -n -c 1 -W 1 {address}")).status.success()
     }
 
+    /// Starts so many pings, with a pause in seconds between two.
+    pub(super) fn start_pings(&self, address: &str, pause: &str, count: u32) -> Pings {
+        let mut ping = self.command("ping");
+        ping.args(["-n", "-q", "-i", pause, "-c", &count.to_string(), "-W", "2", address]);
+        let child = ping.stdout(Stdio::piped()).spawn();
+        Pings { child: child.expect("ping (apt-get install iputils-ping)"), count }
+    }
+
     /// Waits until an address answers.
     #[track_caller]
     pub(super) fn wait_for_ping(&self, address: &str) {
@@ -132,6 +140,21 @@ impl Host {
                 && !self.attempt(&socket).status.success()
                 && !self.attempt(&process).status.success()
         });
+    }
+}
+
+/// Pings under way.
+pub(super) struct Pings {
+    child: Child,
+    count: u32,
+}
+
+impl Pings {
+    #[track_caller]
+    pub(super) fn assert_all_answered(self) {
+        let output = self.child.wait_with_output().expect("it ends");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains(&format!(" {} received", self.count)), "{said}");
     }
 }
 
@@ -215,14 +238,9 @@ impl Pair {
     #[track_caller]
     pub(super) fn loses_nothing_while(&self, change: impl FnOnce()) {
         self.a.wait_for_ping("10.9.0.2");
-        let mut ping = self.a.command("ping");
-        ping.args(["-n", "-q", "-i", "0.005", "-c", "600", "-W", "2", "10.9.0.2"]);
-        let ping =
-            ping.stdout(Stdio::piped()).spawn().expect("ping (apt-get install iputils-ping)");
+        let pings = self.a.start_pings("10.9.0.2", "0.005", 600);
         change();
-        let output = ping.wait_with_output().expect("it ends");
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(said.contains("600 received"), "{said}");
+        pings.assert_all_answered();
     }
 }
 

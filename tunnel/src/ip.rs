@@ -17,14 +17,14 @@ pub(crate) fn source(packet: &[u8]) -> Option<IpAddr> {
 
 fn address(packet: &[u8], v4: usize, v6: usize) -> Option<IpAddr> {
     match version(packet)? {
-        4 => array(packet, v4).map(|octets: [u8; 4]| Ipv4Addr::from(octets).into()),
-        _ => array(packet, v6).map(|octets: [u8; 16]| Ipv6Addr::from(octets).into()),
+        4 => packet.get(v4..)?.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets).into()),
+        _ => packet.get(v6..)?.first_chunk::<16>().map(|octets| Ipv6Addr::from(*octets).into()),
     }
 }
 
 /// The length that an IP packet says it has, if it is all there.
 pub(crate) fn len(packet: &[u8]) -> Option<usize> {
-    let half = |at| array(packet, at).map(|bytes| usize::from(u16::from_be_bytes(bytes)));
+    let half = |at: usize| Some(usize::from(u16::from_be_bytes(*packet.get(at..)?.first_chunk()?)));
     let len = match version(packet)? {
         4 => half(2)?,
         _ => half(4)? + 40,
@@ -64,10 +64,6 @@ fn version(packet: &[u8]) -> Option<u8> {
         6 if packet.len() >= 40 => Some(6),
         _ => None,
     }
-}
-
-fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..at + N)?.try_into().ok()
 }
 
 #[cfg(test)]

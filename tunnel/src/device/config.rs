@@ -220,7 +220,7 @@ impl Device {
             let state = peer.lock();
             let status = PeerStatus {
                 public_key: peer.key,
-                preshared_key: state.preshared_key.clone(),
+                preshared_key: state.noise.preshared_key().clone(),
                 endpoint: state.endpoint.map(|endpoint| endpoint.address),
                 persistent_keepalive: state.keepalive,
                 last_handshake: state.last_handshake,
@@ -280,10 +280,10 @@ impl Device {
             }
         }
         if let Some(preshared_key) = &update.preshared_key
-            && state.preshared_key != *preshared_key
+            && state.noise.preshared_key() != preshared_key
         {
             let had_session = state.noise.has_session(self.now());
-            state.set_preshared_key(preshared_key);
+            state.noise.set_preshared_key(preshared_key);
             if had_session && self.is_up() {
                 state.rehandshake(&peer, self.now(), outbox);
             }

@@ -232,7 +232,7 @@ impl Device {
             };
             if !keep(address.ip(), source) {
                 tracing::debug!(peer = %peer, source = %source.ip, "not replying from there");
-                self.forget_source(peer.id, source);
+                peer.lock().forget_source(source);
             }
         }
     }
@@ -240,12 +240,7 @@ impl Device {
     /// Stops replying from `source` to a peer, because that address has gone away.
     pub(crate) fn forget_source(&self, peer: PeerId, source: Source) {
         if let Some(peer) = self.tables().by_id(peer) {
-            let mut state = peer.lock();
-            if let Some(endpoint) = &mut state.endpoint
-                && endpoint.source == Some(source)
-            {
-                endpoint.source = None;
-            }
+            peer.lock().forget_source(source);
         }
     }
 

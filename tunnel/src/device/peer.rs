@@ -8,9 +8,10 @@ use std::time::SystemTime;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use parking_lot::{Mutex, MutexGuard};
-use zeroize::Zeroizing;
 
-use super::{Batch, Datagram, Destination, Endpoint, FLUSH_LIMIT, MAX_PACKET, Outbox, PeerId};
+use super::{
+    Batch, Datagram, Destination, Endpoint, FLUSH_LIMIT, MAX_PACKET, Outbox, PeerId, Source,
+};
 use crate::ip;
 use crate::noise::{
     Claimed, HANDSHAKE_LEN, Identity, Indices, Noise, OVERHEAD, Opened, Sealed, Tick,
@@ -28,7 +29,6 @@ pub(super) struct Peer {
 /// What changes with each packet of a peer, and its settings.
 pub(super) struct State {
     pub(super) noise: Noise,
-    pub(super) preshared_key: Zeroizing<[u8; 32]>,
     pub(super) endpoint: Option<Endpoint>,
     /// Persistent keepalive, seconds; 0 is off.
     pub(super) keepalive: u16,
@@ -50,7 +50,6 @@ impl Peer {
     ) -> Self {
         let state = State {
             noise: Noise::new(id.index(), indices, &key, preshared_key, identity),
-            preshared_key: Zeroizing::new(*preshared_key),
             endpoint: None,
             keepalive: 0,
             last_traffic: 0,
@@ -224,9 +223,13 @@ impl State {
         }
     }
 
-    pub(super) fn set_preshared_key(&mut self, preshared_key: &[u8; 32]) {
-        *self.preshared_key = *preshared_key;
-        self.noise.set_preshared_key(preshared_key);
+    /// Stops replying from `source`.
+    pub(super) fn forget_source(&mut self, source: Source) {
+        if let Some(endpoint) = &mut self.endpoint
+            && endpoint.source == Some(source)
+        {
+            endpoint.source = None;
+        }
     }
 
     /// Follows a peer to the address that it sent an authentic message from.

@@ -54,14 +54,12 @@ impl Jar {
         self.asked = Some(mac1);
     }
 
-    /// Takes the cookie of a reply, and says whether there was one for us.
-    pub(super) fn take(&mut self, remote: &Remote, reply: &[u8], now: u64) -> bool {
-        let Some(cookie) = self.asked.as_ref().and_then(|mac1| open(remote, mac1, reply)) else {
-            return false;
-        };
-        self.cookie = Some((cookie, now));
-        self.asked = None;
-        true
+    /// Takes the cookie of a reply, if it answers our last message.
+    pub(super) fn take(&mut self, remote: &Remote, reply: &[u8], now: u64) {
+        if let Some(cookie) = self.asked.as_ref().and_then(|mac1| open(remote, mac1, reply)) {
+            self.cookie = Some((cookie, now));
+            self.asked = None;
+        }
     }
 }
 

@@ -43,5 +43,5 @@ pub(super) fn word(bytes: &[u8], at: usize) -> Option<u32> {
 }
 
 pub(super) fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
-    bytes.get(at..at.checked_add(N)?)?.try_into().ok()
+    bytes.get(at..)?.first_chunk().copied()
 }

@@ -24,6 +24,8 @@ mod timers;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use zeroize::Zeroizing;
+
 pub(crate) use cookie::Verdict;
 pub(crate) use handshake::Claimed;
 pub(crate) use identity::Identity;
@@ -95,10 +97,8 @@ pub(crate) enum Sealed {
 pub(crate) enum Opened {
     /// A packet for the TUN device. The source address is not checked yet.
     Packet(usize),
-    /// An empty message.
+    /// Nothing for the TUN device: an empty message, or one that holds no whole IP packet.
     Keepalive,
-    /// Authentic, and of no use.
-    Invalid,
     /// A handshake message that this one is to be answered with.
     Reply(usize),
     /// Not authentic, replayed, or of no use.
@@ -161,6 +161,11 @@ impl Noise {
         self.remote.preshared_key = Key::new(*preshared_key);
     }
 
+    /// Zeros for none.
+    pub(crate) fn preshared_key(&self) -> &Zeroizing<[u8; 32]> {
+        &self.remote.preshared_key
+    }
+
     /// Drops sessions, handshakes and what waits for them.
     pub(crate) fn drop_sessions(&mut self) {
         self.sessions = Sessions::default();
@@ -220,19 +225,14 @@ impl Noise {
         if received.is_first {
             self.established();
         }
-        let is_data = received.len > 0;
-        self.timers.received(now, is_data);
+        self.timers.received(now, received.len > 0);
         if let Some(session) = self.sessions.current(now)
             && session.is_initiator()
             && self.timers.is_last_minute(session.age(now))
         {
             self.is_due = true;
         }
-        match out.get(..received.len).and_then(ip::len) {
-            _ if !is_data => Opened::Keepalive,
-            Some(len) => Opened::Packet(len),
-            None => Opened::Invalid,
-        }
+        out.get(..received.len).and_then(ip::len).map_or(Opened::Keepalive, Opened::Packet)
     }
 
     /// Answers an initiation that claims to be this peer's. `out` must hold [`HANDSHAKE_LEN`].
@@ -264,9 +264,8 @@ impl Noise {
         now: u64,
         out: &mut [u8],
     ) -> Opened {
-        match self.complete(receiver, datagram, now) {
-            Some(()) => {}
-            None => return Opened::Refused,
+        if self.complete(receiver, datagram, now).is_none() {
+            return Opened::Refused;
         }
         self.timers.received(now, false);
         self.established();
@@ -356,9 +355,10 @@ impl Noise {
 
     /// Seals with the session that there is, and remembers to make another in time.
     fn send(&mut self, packet: &[u8], now: u64, out: &mut [u8]) -> Option<usize> {
-        let len = self.sessions.seal(packet, now, out)?;
+        let session = self.sessions.current_mut(now)?;
+        let len = session.seal(packet, out)?;
+        self.is_due |= session.is_old(now);
         self.timers.sent(now, !packet.is_empty());
-        self.is_due |= self.sessions.current(now).is_some_and(|session| session.is_old(now));
         Some(len)
     }
 

@@ -17,7 +17,7 @@ const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 /// A session is of no use from this age on, ms.
 pub(super) const REJECT_AFTER_TIME: u64 = 180_000;
 /// The initiator makes a new session at this age, when it sends, ms.
-pub(super) const REKEY_AFTER_TIME: u64 = 120_000;
+const REKEY_AFTER_TIME: u64 = 120_000;
 /// How many sessions stay open behind the current one.
 const PREVIOUS: usize = 3;
 
@@ -73,7 +73,7 @@ impl Session {
     }
 
     /// Seals a packet into `out`, which has room for it and [`OVERHEAD`].
-    fn seal(&mut self, packet: &[u8], out: &mut [u8]) -> Option<usize> {
+    pub(super) fn seal(&mut self, packet: &[u8], out: &mut [u8]) -> Option<usize> {
         let counter = self.counter;
         if counter >= REJECT_AFTER_MESSAGES {
             return None;
@@ -133,8 +133,8 @@ impl Sessions {
         self.current.as_deref().filter(|session| session.is_alive(now))
     }
 
-    pub(super) fn seal(&mut self, packet: &[u8], now: u64, out: &mut [u8]) -> Option<usize> {
-        self.current.as_mut().filter(|session| session.is_alive(now))?.seal(packet, out)
+    pub(super) fn current_mut(&mut self, now: u64) -> Option<&mut Session> {
+        self.current.as_deref_mut().filter(|session| session.is_alive(now))
     }
 
     /// Opens a message with the session that it names. The first one of a session that we
@@ -164,15 +164,20 @@ impl Sessions {
         self.switch(Box::new(session));
         // The peer initiated one meanwhile, and may use it already.
         if let Some(session) = self.next.take() {
-            self.previous.insert(0, *session);
+            self.keep(session);
         }
     }
 
     fn switch(&mut self, to: Box<Session>) {
-        self.previous.truncate(PREVIOUS - 1);
         if let Some(session) = self.current.replace(to) {
-            self.previous.insert(0, *session);
+            self.keep(session);
         }
+    }
+
+    /// Keeps a session open for what is under way.
+    fn keep(&mut self, session: Box<Session>) {
+        self.previous.truncate(PREVIOUS - 1);
+        self.previous.insert(0, *session);
     }
 
     /// Takes a session that we have answered an initiation with.
