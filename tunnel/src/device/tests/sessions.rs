@@ -70,7 +70,7 @@ fn a_sparse_flow_one_way_needs_no_more_handshakes_than_others() {
     let (a, b) = connected();
     let mut own = 0;
     let initiations = pass_time(&a, &b, 0, 180, |second| {
-        if second % 14 == 0 {
+        if second % 20 == 0 {
             own += send(&a, &b);
         }
     });
@@ -114,6 +114,18 @@ fn giving_up_a_handshake_keeps_a_session_that_is_valid() {
     assert!(attempts.last().is_some_and(|last| (98..=106).contains(last)), "{attempts:?}");
     let sent = b.seal(&packet(b.inside, a.inside, 100)).remove(0);
     assert_eq!(a.open_from(&sent.bytes, b.address).0.len(), 1);
+}
+
+#[test]
+fn an_answer_540_s_after_the_last_session_counts() {
+    let (a, b) = connected();
+    assert!(passes(&b, &a));
+    b.tick(Duration::from_secs(539));
+    let mut initiation = a.tick(Duration::from_secs(539));
+    initiation.extend(a.seal(&packet(a.inside, b.inside, 100)));
+    assert_eq!(count(&initiation), 1);
+    a.tick(Duration::from_millis(540_250));
+    assert_eq!(run(&a, &b, initiation).len(), 1, "the packet that asked for it");
 }
 
 #[test]

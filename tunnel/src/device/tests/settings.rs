@@ -118,6 +118,21 @@ fn fifty_changes_of_the_preshared_key_lose_nothing() {
 }
 
 #[test]
+fn a_session_from_before_a_preshared_key_ends_with_its_age() {
+    let (a, b) = connected();
+    // B does not follow.
+    set_psk(&a, &b, PSK);
+    a.seal(&packet(a.inside, b.inside, 100));
+    // The attempts at another session end; then somebody asks again.
+    for second in 1..250 {
+        a.tick(Duration::from_secs(second));
+    }
+    let kinds: Vec<_> =
+        a.seal(&packet(a.inside, b.inside, 100)).iter().map(|sent| sent.bytes[0]).collect();
+    assert_eq!(kinds, [1], "not by the old session, and another is asked for");
+}
+
+#[test]
 fn a_private_key_set_again_does_not_make_an_old_initiation_new() {
     let (a, b) = pair();
     let initiation = a.seal(&packet(a.inside, b.inside, 100)).remove(0);
