@@ -43,12 +43,15 @@ soak:   ## Rotations, kills, upgrades and outages under load: make soak MINUTES=
 	GAMBESON_SOAK_SECONDS=$$((60 * $(or $(MINUTES),10))) GAMBESON_SOAK_RATE=$(or $(RATE),50) \
 		cargo nextest run --locked --no-capture --test integration soak::
 
-bench:  ## The tunnel under attack, beside wireguard-go: make bench ROUNDS=3
+bench:  ## The tunnel's speed, and under attack, beside others: make bench ROUNDS=3 WHAT=speed
 	@deploy/setup/debian.sh
 	@deploy/bench/peers.sh $(TARGET)/bench
 	cargo build --locked --release --package gambeson --package gambeson-bench
-	$(TARGET)/release/gambeson-bench --gambeson $(TARGET)/release/gambeson \
-		--wireguard-go $(TARGET)/bench/wireguard-go --rounds $(or $(ROUNDS),3)
+	for what in $(or $(WHAT),speed attack); do \
+		$(TARGET)/release/gambeson-bench $$what --gambeson $(TARGET)/release/gambeson \
+			--peers $(TARGET)/bench --rounds $(or $(ROUNDS),3) \
+			--chart $(TARGET)/bench/performance.svg || exit; \
+	done
 
 vm:     ## The tests with the kernel's WireGuard, in a virtual machine
 	@deploy/setup/debian.sh

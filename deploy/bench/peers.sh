@@ -1,12 +1,24 @@
 #!/bin/bash
 # Puts the userspace WireGuards to compare with into a folder: wireguard-go from Debian sid,
-# whose program is linked statically and runs on any Debian. What is there already stays.
+# whose program is linked statically and runs on any Debian, boringtun-cli and gotatun from
+# crates.io. What is there already stays.
 #
 # Usage: deploy/bench/peers.sh FOLDER
 set -euo pipefail
 
 mkdir -p "$1"
 folder=$(realpath "$1")
+
+# by_cargo CRATE VERSION PROGRAM
+by_cargo() {
+    [ -x "$folder/$3" ] && return
+    cargo install --quiet --locked "$1" --version "$2" --root "$folder/$1"
+    mv "$folder/$1/bin/$3" "$folder/"
+    rm -r "${folder:?}/$1"
+    echo "$1 $2"
+}
+by_cargo boringtun-cli 0.7.1 boringtun-cli
+by_cargo gotatun-cli 0.10.2 gotatun
 [ -x "$folder/wireguard-go" ] && exit
 
 work=$(mktemp -d)

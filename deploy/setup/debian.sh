@@ -51,6 +51,7 @@ if [ "$purpose" = test ]; then
     by_command depmod kmod
     by_command runc runc
     by_command socat socat
+    by_command ethtool ethtool
     by_command openssl openssl
     by_command npm npm
     python3 -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
