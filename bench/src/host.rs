@@ -36,9 +36,12 @@ impl Host {
         self.sh("ip link set lo up").map(drop)
     }
 
-    /// Removes the namespace, and with its device the tunnel.
+    /// Removes the namespace, and with its device the tunnel. Some do not end with it.
     pub(crate) fn delete(self) {
-        let _ = self.sh(&format!("ip link del {}", self.name));
+        let name = self.name;
+        let _ = self.sh(&format!("ip link del {name}; sleep 0.2"));
+        let kill = format!("ip netns pids {name} | xargs --no-run-if-empty kill");
+        let _ = output(Command::new("bash").args(["-c", &kill]));
         let _ = output(Command::new("ip").args(["netns", "del", self.name]));
     }
 

@@ -52,6 +52,10 @@ pub(super) struct Args {
     #[arg(long, default_value_t = DEFAULT_MTU, value_parser = clap::value_parser!(u32).range(68..=65535))]
     mtu: u32,
 
+    /// Take and give single packets only: the kernel cuts and merges them, not the tunnel.
+    #[arg(long)]
+    no_tun_offload: bool,
+
     /// Append the log to this file. In the background nothing is logged otherwise.
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -86,6 +90,7 @@ fn serve(args: &Args) -> Result<(), Failure> {
     let mut options = Options::new(&args.name);
     options.mtu = args.mtu;
     options.alias.clone_from(&args.alias);
+    options.tun_offload = !args.no_tun_offload;
     let tunnel = Tunnel::start(&options).map_err(failure)?;
     if args.background_child {
         detach()?;
@@ -131,6 +136,7 @@ fn start_in_background(args: &Args) -> Result<(), Failure> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("gambeson").args(["tunnel", "--background-child", &args.name]);
     command.arg(format!("--mtu={}", args.mtu));
+    command.args(args.no_tun_offload.then_some("--no-tun-offload"));
     if let Some(alias) = &args.alias {
         command.arg(format!("--alias={alias}"));
     }

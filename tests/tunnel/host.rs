@@ -213,6 +213,11 @@ impl Pair {
     }
 
     pub(super) fn over(underlay_a: &str, underlay_b: &str) -> Self {
+        Self::with_options([underlay_a, underlay_b], ["", ""])
+    }
+
+    /// Whose tunnels are started with these options.
+    pub(super) fn with_options([underlay_a, underlay_b]: [&str; 2], options: [&str; 2]) -> Self {
         let (a, b) = wired();
         let (key_a, public_a) = keys(&a);
         let (key_b, public_b) = keys(&b);
@@ -220,7 +225,7 @@ impl Pair {
             [(&a, 1, &key_a, &public_b, underlay_b), (&b, 2, &key_b, &public_a, underlay_a)]
         {
             let other = 3 - n;
-            host.tunnel("wg0");
+            host.tunnel(&format!("{} wg0", options[n - 1]));
             host.sh_with(
                 &format!(
                     "wg set wg0 listen-port 500{n} private-key /dev/stdin peer {peer} \

@@ -83,6 +83,33 @@ fn tcp_and_large_packets_pass_whole() {
     assert!(rate > 20e6, "{rate} bit/s");
 }
 
+#[test]
+fn what_is_sent_arrives_with_super_packets_and_without() {
+    let plain = "--no-tun-offload";
+    for options in [["", ""], [plain, ""], [plain, plain]] {
+        let pair = Pair::with_options(["192.0.2.1", "192.0.2.2"], options);
+        pair.a.wait_for_ping("10.9.0.2");
+        for (host, option) in [(&pair.a, options[0]), (&pair.b, options[1])] {
+            let on = if option.is_empty() { "on" } else { "off" };
+            let features = host.sh("ethtool -k wg0");
+            for feature in ["tcp-segmentation-offload", "tx-checksumming"] {
+                assert!(features.contains(&format!("{feature}: {on}")), "{features}");
+            }
+        }
+        pair.a.sh("head -c 20000000 /dev/urandom > /run/sent");
+        for (family, address) in [("4", "10.9.0.2"), ("6", "[fd00:9::2]")] {
+            let receive = format!("socat -u TCP{family}-LISTEN:9000 - | sha256sum");
+            let mut receiver = pair.b.command("bash");
+            let receiver = receiver.args(["-c", &receive]).stdout(std::process::Stdio::piped());
+            let receiver = receiver.spawn().unwrap();
+            wait_for("the receiver", || !pair.b.sh("ss -Htln sport = 9000").is_empty());
+            pair.a.sh(&format!("socat -u FILE:/run/sent TCP{family}:{address}:9000"));
+            let received = String::from_utf8(receiver.wait_with_output().unwrap().stdout).unwrap();
+            assert_eq!(received.trim(), pair.a.sh("sha256sum < /run/sent"), "{options:?}");
+        }
+    }
+}
+
 /// Bits per second that two TCP streams from `a` to `b` carry.
 fn tcp_rate(pair: &Pair, seconds: u32) -> f64 {
     let mut server = pair.b.command("iperf3");

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::device::PeerId;
 use crate::endpoint::Endpoint;
+use crate::offload::{Header, Split};
 
 /// The largest packet that a TUN device hands over, and the largest payload of a datagram.
 pub(crate) const MAX_PACKET: usize = 65_535;
@@ -11,16 +12,13 @@ pub(crate) const MAX_PACKET: usize = 65_535;
 /// Differentiated services AF41 (`HANDSHAKE_DSCP`, drivers/net/wireguard/messages.h).
 const HANDSHAKE_TOS: u8 = 0x88;
 
-/// WireGuard pads the plaintext to a multiple of this many bytes.
-const PADDING: usize = 16;
-
-/// Plaintext packets of one read of the TUN device, or to be written to it.
+/// Plaintext packets, and super-packets, of one read of the TUN device.
 ///
 /// The buffer keeps its size from batch to batch, so that a packet costs no allocation.
 #[derive(Debug, Default)]
 pub struct Batch {
     bytes: Vec<u8>,
-    packets: Vec<Range<usize>>,
+    packets: Vec<(Range<usize>, Header)>,
     used: usize,
 }
 
@@ -54,41 +52,30 @@ impl Batch {
     /// Adds a copy of `packet`.
     pub fn push(&mut self, packet: &[u8]) {
         self.space(packet.len())[..packet.len()].copy_from_slice(packet);
-        self.commit(packet.len());
+        self.commit(packet.len(), Header::default());
     }
 
     /// Room for a packet of up to `len` bytes, which [`Batch::commit`] then adds.
     pub(crate) fn space(&mut self, len: usize) -> &mut [u8] {
-        let end = self.used + len + PADDING;
+        let end = self.used + len;
         if self.bytes.len() < end {
             self.bytes.resize(end, 0);
         }
-        &mut self.bytes[self.used..end - PADDING]
+        &mut self.bytes[self.used..end]
     }
 
     /// Adds the packet in the first `len` bytes of the last [`Batch::space`].
-    pub(crate) fn commit(&mut self, len: usize) {
-        let end = self.used + len;
-        let next = end.next_multiple_of(PADDING);
-        // Stale bytes of an earlier batch must not leave as padding.
-        self.bytes[end..next].fill(0);
-        self.packets.push(self.used..end);
-        self.used = next;
+    pub(crate) fn commit(&mut self, len: usize, header: Header) {
+        self.packets.push((self.used..self.used + len, header));
+        self.used += len;
     }
 
-    /// The packets.
-    pub fn packets(&self) -> impl Iterator<Item = &[u8]> {
-        self.packets.iter().map(|range| &self.bytes[range.clone()])
-    }
-
-    /// The packets with zeros up to a multiple of 16 bytes, but not past `mtu` (a full-sized
-    /// packet with padding would no longer fit the underlay).
-    pub(crate) fn padded(&self, mtu: usize) -> impl Iterator<Item = (&[u8], &[u8])> {
-        self.packets.iter().map(move |range| {
-            let padded = range.len().next_multiple_of(PADDING).min(mtu).max(range.len());
-            let bytes = &self.bytes[range.start..range.start + padded];
-            (&bytes[..range.len()], bytes)
-        })
+    /// The packets, as they are to be cut. What is not as its header says is left out.
+    pub(crate) fn packets(&self) -> impl Iterator<Item = Split<'_>> {
+        let split = |(range, header): &(Range<usize>, Header)| {
+            Split::of(header, self.bytes.get(range.clone())?)
+        };
+        self.packets.iter().filter_map(split)
     }
 }
 
@@ -256,20 +243,5 @@ mod tests {
         }
         assert!(outbox.runs(64).all(|run| run.bytes.len() <= 65_507));
         assert_eq!(outbox.runs(64).next().map(|run| run.datagrams().count()), Some(7));
-    }
-
-    #[test]
-    fn padding_is_zero_and_stops_at_the_mtu() {
-        let mut batch = Batch::new();
-        batch.push(&[0xff; 64]);
-        batch.clear();
-        batch.push(&[1; 20]);
-        batch.push(&[2; 32]);
-        let padded: Vec<_> = batch.padded(28).collect();
-        assert_eq!(padded[0].0, [1; 20]);
-        assert_eq!(padded[0].1[..20], [1; 20]);
-        assert_eq!(padded[0].1[20..], [0; 8]);
-        assert_eq!(padded[1].1, [2; 32]);
-        assert_eq!(batch.padded(1420).next().map(|(_, padded)| padded.len()), Some(32));
     }
 }

@@ -33,9 +33,10 @@ pub(crate) fn queue() -> (Handshakes, Receiver<Handshake>) {
 
 impl Handshakes {
     /// Lets a message wait, or drops it if there are too many.
-    pub(crate) fn push(&self, datagram: Datagram<'_>) {
+    pub(crate) fn push(&self, datagram: &Datagram<'_>) {
         let Datagram { bytes, from, to, .. } = datagram;
-        let mut handshake = Handshake { bytes: [0; HANDSHAKE_LEN], len: bytes.len(), from, to };
+        let (len, from, to) = (bytes.len(), *from, *to);
+        let mut handshake = Handshake { bytes: [0; HANDSHAKE_LEN], len, from, to };
         let Some(room) = handshake.bytes.get_mut(..bytes.len()) else { return };
         room.copy_from_slice(bytes);
         let _ = self.0.try_send(handshake);
@@ -43,8 +44,8 @@ impl Handshakes {
 }
 
 impl Handshake {
-    fn datagram(&self) -> Datagram<'_> {
-        let bytes = self.bytes.get(..self.len).unwrap_or_default();
+    fn datagram(&mut self) -> Datagram<'_> {
+        let bytes = self.bytes.get_mut(..self.len).unwrap_or_default();
         Datagram { bytes, from: self.from, to: self.to, ecn: 0 }
     }
 }
@@ -54,7 +55,7 @@ pub(crate) fn answer(shared: &Shared, waiting: &Receiver<Handshake>) {
     let mut outbox = Outbox::new();
     while let Ok(first) = waiting.recv() {
         outbox.clear();
-        for handshake in std::iter::once(first).chain(waiting.try_iter().take(BATCH - 1)) {
+        for mut handshake in std::iter::once(first).chain(waiting.try_iter().take(BATCH - 1)) {
             shared.device.answer(handshake.datagram(), &mut outbox);
         }
         shared.send(&outbox);

@@ -17,6 +17,7 @@ mod handshakes;
 mod ip;
 mod netlink;
 mod noise;
+mod offload;
 mod process;
 mod shared;
 mod tun;

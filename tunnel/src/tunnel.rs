@@ -40,6 +40,8 @@ pub struct Options {
     pub alias: Option<String>,
     /// Where the configuration socket goes.
     pub socket_directory: PathBuf,
+    /// Whether the TUN device may hand over super-packets, and take them.
+    pub tun_offload: bool,
 }
 
 impl Options {
@@ -50,6 +52,7 @@ impl Options {
             mtu: DEFAULT_MTU,
             alias: None,
             socket_directory: SOCKET_DIRECTORY.into(),
+            tun_offload: true,
         }
     }
 }
@@ -82,7 +85,8 @@ impl Tunnel {
     pub fn start(options: &Options) -> Result<Self, TunnelError> {
         let signals = block_signals().map_err(TunnelError::system("wait for signals"))?;
         let network = netlink::watch().map_err(TunnelError::system("watch the network"))?;
-        let tun = Tun::create(&options.name, options.mtu, options.alias.as_deref())?;
+        let tun =
+            Tun::create(&options.name, options.mtu, options.alias.as_deref(), options.tun_offload)?;
         let listener = Listener::bind(&options.socket_directory, &options.name)?;
         let shared = Shared::new(tun, options.mtu as usize)
             .map_err(TunnelError::system("make an event descriptor"))?;

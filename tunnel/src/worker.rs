@@ -7,9 +7,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::batch::{Batch, Outbox};
 use crate::handshakes::Handshakes;
+use crate::offload::Coalescer;
 use crate::shared::{End, Shared};
 use crate::tun::Alive;
 use crate::udp::Receiver;
+
+/// For how many packets of one receive there is room from the start.
+const PACKETS: usize = 256;
 
 /// Seals what the TUN device hands over, until the tunnel ends.
 pub(crate) fn outbound(shared: &Shared) {
@@ -42,7 +46,7 @@ pub(crate) fn outbound(shared: &Shared) {
 /// another thread.
 pub(crate) fn inbound(shared: &Shared, handshakes: &Handshakes) {
     let mut receiver = Receiver::new();
-    let mut packets = Batch::new();
+    let mut coalescer = Coalescer::default();
     let mut outbox = Outbox::new();
     loop {
         let sockets = shared.sockets();
@@ -62,7 +66,14 @@ pub(crate) fn inbound(shared: &Shared, handshakes: &Handshakes) {
                 break;
             }
             for (descriptor, _) in descriptors[2..].iter().zip(&ready[2..]).filter(|(_, r)| **r) {
-                receive(shared, *descriptor, &mut receiver, &mut packets, &mut outbox, handshakes);
+                receive(
+                    shared,
+                    *descriptor,
+                    &mut receiver,
+                    &mut coalescer,
+                    &mut outbox,
+                    handshakes,
+                );
             }
         }
     }
@@ -74,7 +85,7 @@ fn receive(
     shared: &Shared,
     socket: BorrowedFd<'_>,
     receiver: &mut Receiver,
-    packets: &mut Batch,
+    coalescer: &mut Coalescer,
     outbox: &mut Outbox,
     handshakes: &Handshakes,
 ) {
@@ -85,10 +96,11 @@ fn receive(
     if !shared.device.is_up() {
         shared.follow_link();
     }
-    packets.clear();
+    let mut packets = Vec::with_capacity(PACKETS);
     outbox.clear();
-    shared.device.open(receiver.datagrams(), packets, outbox, |message| handshakes.push(message));
-    shared.tun.write(packets);
+    let datagrams = receiver.datagrams();
+    shared.device.open(datagrams, &mut packets, outbox, |message| handshakes.push(&message));
+    shared.tun.write(&packets, coalescer);
     shared.send(outbox);
 }
 

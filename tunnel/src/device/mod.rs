@@ -22,7 +22,7 @@ pub use tables::PeerId;
 use crate::batch::{Batch, Destination, MAX_PACKET, Outbox};
 use crate::endpoint::{Endpoint, Source};
 use crate::ip;
-use crate::noise::{COOKIE_LEN, Claimed, Message, Verdict};
+use crate::noise::{COOKIE_LEN, Claimed, DATA_HEADER, Message, Verdict};
 use config::Config;
 use peer::{Peer, State};
 use tables::Tables;
@@ -46,10 +46,10 @@ pub struct Device {
 }
 
 /// A received datagram.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Datagram<'a> {
-    /// The payload.
-    pub bytes: &'a [u8],
+    /// The payload, which is opened in its place.
+    pub bytes: &'a mut [u8],
     /// Who sent it.
     pub from: SocketAddr,
     /// The address of ours that it was sent to, if known.
@@ -106,23 +106,24 @@ impl Device {
         }
         let tables = self.tables();
         let now = self.now();
+        let mtu = self.mtu.load(Ordering::Relaxed);
         let mut held = Held::default();
-        for (packet, padded) in batch.padded(self.mtu.load(Ordering::Relaxed)) {
-            let Some(peer) = ip::destination(packet).and_then(|to| tables.route(to)) else {
+        for packet in batch.packets() {
+            let Some(peer) = ip::destination(packet.bytes()).and_then(|to| tables.route(to)) else {
                 tracing::trace!("no peer for a packet");
                 continue;
             };
-            held.lock(peer).seal(peer, padded, now, outbox);
+            held.lock(peer).seal(peer, &packet, mtu, now, outbox);
         }
     }
 
-    /// Opens received datagrams: packets for the TUN device go to `packets`, what waited for
+    /// Opens received datagrams in their places: packets for the TUN device go to `packets`, what waited for
     /// a session to `outbox`, and handshake messages to `handshakes`, for [`Device::answer`].
     /// What is not authentic, or comes from an address that its peer does not own, is dropped.
     pub fn open<'d>(
         &self,
         datagrams: impl IntoIterator<Item = Datagram<'d>>,
-        packets: &mut Batch,
+        packets: &mut Vec<&'d [u8]>,
         outbox: &mut Outbox,
         mut handshakes: impl FnMut(Datagram<'d>),
     ) {
@@ -133,7 +134,7 @@ impl Device {
         let now = self.now();
         let mut held = Held::default();
         let mut last = None;
-        for datagram in datagrams {
+        for mut datagram in datagrams {
             let receiver = match Message::of(datagram.bytes) {
                 Some(Message::Data { receiver }) => receiver,
                 Some(_) => {
@@ -150,16 +151,19 @@ impl Device {
             last = Some((receiver, peer));
             let Some(peer) = peer else { continue };
             let state = held.lock(peer);
-            if let Some(len) = state.open(peer, receiver, &datagram, now, packets) {
-                let packet = &mut packets.space(len)[..len];
-                if datagram.ecn == ip::CE {
+            let opened = state.open(peer, receiver, &mut datagram, now);
+            let Datagram { bytes, ecn, .. } = datagram;
+            if let Some(len) = opened
+                && let Some(packet) = bytes.get_mut(DATA_HEADER..DATA_HEADER + len)
+            {
+                if ecn == ip::CE {
                     ip::set_congested(packet);
                 }
                 // The owner of the source over ALL peers: a shorter prefix of this peer does
                 // not let it speak for the owner of a longer one.
                 let owner = ip::source(packet).and_then(|from| tables.allowed(from));
                 if owner == Some(peer.id) {
-                    packets.commit(len);
+                    packets.push(packet);
                 } else {
                     tracing::trace!(peer = %peer, "dropped a packet with a foreign source");
                 }

@@ -9,13 +9,15 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use parking_lot::{Mutex, MutexGuard};
 
-use super::{
-    Batch, Datagram, Destination, Endpoint, FLUSH_LIMIT, MAX_PACKET, Outbox, PeerId, Source,
-};
+use super::{Datagram, Destination, Endpoint, FLUSH_LIMIT, MAX_PACKET, Outbox, PeerId, Source};
 use crate::ip;
 use crate::noise::{
-    Claimed, HANDSHAKE_LEN, Identity, Indices, Noise, OVERHEAD, Opened, Sealed, Tick,
+    Claimed, DATA_HEADER, HANDSHAKE_LEN, Identity, Indices, Noise, OVERHEAD, Opened, Sealed, Tick,
 };
+use crate::offload::Split;
+
+/// WireGuard pads the plaintext to a multiple of this many bytes.
+const PADDING: usize = 16;
 
 /// A peer of the device.
 pub(super) struct Peer {
@@ -76,33 +78,49 @@ impl fmt::Display for Peer {
 }
 
 impl State {
-    /// Seals one padded packet, or starts the handshake that it then waits for.
-    pub(super) fn seal(&mut self, peer: &Peer, packet: &[u8], now: u64, outbox: &mut Outbox) {
+    /// Seals a packet, or each that a super-packet is cut into, or starts the handshake that they
+    /// then wait for. Padding does not go beyond the MTU: a full-sized packet with padding would
+    /// no longer fit the underlay.
+    pub(super) fn seal(
+        &mut self,
+        peer: &Peer,
+        packet: &Split<'_>,
+        mtu: usize,
+        now: u64,
+        outbox: &mut Outbox,
+    ) {
         let Some(endpoint) = self.endpoint else { return };
         self.wake(peer);
-        let out = outbox.space(HANDSHAKE_LEN.max(packet.len() + OVERHEAD));
-        match self.noise.seal(packet, now, out) {
-            Sealed::Datagram(len) => {
-                outbox.commit(len, Destination::of_packet(endpoint, peer.id, ip::ecn(packet)));
-                self.count_sent(len, now);
+        let to = Destination::of_packet(endpoint, peer.id, ip::ecn(packet.bytes()));
+        for number in 0..packet.count() {
+            let len = packet.len(number);
+            let padded = len.next_multiple_of(PADDING).min(mtu).max(len);
+            let out = outbox.space(HANDSHAKE_LEN.max(padded + OVERHEAD));
+            let (text, rest) = out[DATA_HEADER..].split_at_mut(len);
+            packet.write(number, text);
+            // Stale bytes of an earlier batch must not leave as padding.
+            rest[..padded - len].fill(0);
+            match self.noise.seal(padded, now, out) {
+                Sealed::Datagram(len) => {
+                    outbox.commit(len, to);
+                    self.count_sent(len, now);
+                }
+                Sealed::Initiation(len) => self.commit(peer, len, endpoint, now, outbox),
+                Sealed::Waiting | Sealed::Refused => {}
             }
-            Sealed::Initiation(len) => self.commit(peer, len, endpoint, now, outbox),
-            Sealed::Waiting | Sealed::Refused => {}
         }
     }
 
-    /// Opens one data message. The length of a packet at the end of `packets` is returned; it
-    /// is not committed, since its source is still to be checked.
+    /// Opens one data message in its place. The length of the packet behind its header is
+    /// returned, whose source is still to be checked.
     pub(super) fn open(
         &mut self,
         peer: &Peer,
         receiver: u32,
-        datagram: &Datagram<'_>,
+        datagram: &mut Datagram<'_>,
         now: u64,
-        packets: &mut Batch,
     ) -> Option<usize> {
-        let out = packets.space(datagram.bytes.len());
-        let opened = self.noise.open(receiver, datagram.bytes, now, out);
+        let opened = self.noise.open(receiver, datagram.bytes, now);
         self.heard(peer, &opened, datagram, now);
         match opened {
             Opened::Packet(len) => Some(len),

@@ -11,7 +11,7 @@ pub(super) const RESPONSE_LEN: usize = 92;
 /// The length of a cookie reply, bytes.
 pub(crate) const COOKIE_LEN: usize = 64;
 /// What comes before the ciphertext of a data message, bytes.
-pub(super) const DATA_HEADER: usize = 16;
+pub(crate) const DATA_HEADER: usize = 16;
 /// The two MACs at the end of an initiation and of a response, bytes each.
 pub(super) const MAC: usize = 16;
 

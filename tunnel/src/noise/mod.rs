@@ -30,7 +30,7 @@ pub(crate) use cookie::Verdict;
 pub(crate) use handshake::Claimed;
 pub(crate) use identity::Identity;
 pub(crate) use indices::Indices;
-pub(crate) use message::{COOKIE_LEN, INITIATION_LEN as HANDSHAKE_LEN, Message};
+pub(crate) use message::{COOKIE_LEN, DATA_HEADER, INITIATION_LEN as HANDSHAKE_LEN, Message};
 
 use crate::ip;
 use bucket::{Bucket, Rate};
@@ -42,7 +42,7 @@ use session::{Session, Sessions};
 use timers::{Due, Timers};
 
 /// What sealing adds to a packet, bytes.
-pub(crate) const OVERHEAD: usize = message::DATA_HEADER + crypto::TAG;
+pub(crate) const OVERHEAD: usize = DATA_HEADER + crypto::TAG;
 
 /// How many packets wait for a session, as in the kernel (`MAX_STAGED_PACKETS`).
 const WAITING: usize = 128;
@@ -175,15 +175,17 @@ impl Noise {
         self.is_due = false;
     }
 
-    /// Seals a packet, padded by the caller, or keeps it for the session to come. `out` must
-    /// hold the packet and [`OVERHEAD`], and at least [`HANDSHAKE_LEN`].
-    pub(crate) fn seal(&mut self, packet: &[u8], now: u64, out: &mut [u8]) -> Sealed {
+    /// Seals a packet in its place, padded by the caller, or keeps it for the session to come.
+    /// It is `len` bytes behind [`DATA_HEADER`] in `out`, which must have room for [`OVERHEAD`]
+    /// more, and hold at least [`HANDSHAKE_LEN`].
+    pub(crate) fn seal(&mut self, len: usize, now: u64, out: &mut [u8]) -> Sealed {
         if self.local.is_none() {
             return Sealed::Refused;
         }
-        if let Some(len) = self.send(packet, now, out) {
+        if let Some(len) = self.send(len, now, out) {
             return Sealed::Datagram(len);
         }
+        let Some(packet) = out.get(DATA_HEADER..DATA_HEADER + len) else { return Sealed::Refused };
         if self.waiting.len() >= WAITING {
             self.waiting.pop_front();
         }
@@ -208,18 +210,13 @@ impl Noise {
     /// `out` it is dropped.
     pub(crate) fn seal_queued(&mut self, now: u64, out: &mut [u8]) -> Option<usize> {
         let packet = self.waiting.pop_front()?;
-        self.send(&packet, now, out)
+        out.get_mut(DATA_HEADER..DATA_HEADER + packet.len())?.copy_from_slice(&packet);
+        self.send(packet.len(), now, out)
     }
 
-    /// Opens a data message. `out` must be as long as its ciphertext.
-    pub(crate) fn open(
-        &mut self,
-        receiver: u32,
-        datagram: &[u8],
-        now: u64,
-        out: &mut [u8],
-    ) -> Opened {
-        let Some(received) = self.sessions.open(receiver, datagram, now, out) else {
+    /// Opens a data message in its place: the packet is behind [`DATA_HEADER`].
+    pub(crate) fn open(&mut self, receiver: u32, datagram: &mut [u8], now: u64) -> Opened {
+        let Some(received) = self.sessions.open(receiver, datagram, now) else {
             return Opened::Refused;
         };
         if received.is_first {
@@ -232,7 +229,8 @@ impl Noise {
         {
             self.is_due = true;
         }
-        out.get(..received.len).and_then(ip::len).map_or(Opened::Keepalive, Opened::Packet)
+        let text = datagram.get(DATA_HEADER..DATA_HEADER + received.len);
+        text.and_then(ip::len).map_or(Opened::Keepalive, Opened::Packet)
     }
 
     /// Answers an initiation that claims to be this peer's. `out` must hold [`HANDSHAKE_LEN`].
@@ -269,7 +267,7 @@ impl Noise {
         }
         self.timers.received(now, false);
         self.established();
-        self.send(&[], now, out).map_or(Opened::Keepalive, Opened::Reply)
+        self.send(0, now, out).map_or(Opened::Keepalive, Opened::Reply)
     }
 
     fn complete(&mut self, receiver: u32, datagram: &[u8], now: u64) -> Option<()> {
@@ -298,7 +296,7 @@ impl Noise {
                 return self.initiate(false, now, out).map_or(Tick::Nothing, Tick::Retry);
             }
             Some(Due::Keepalive) => {
-                if let Some(len) = self.send(&[], now, out) {
+                if let Some(len) = self.send(0, now, out) {
                     return Tick::Send(len);
                 }
             }
@@ -340,7 +338,7 @@ impl Noise {
     /// A keepalive, or an initiation when there is no session to keep. `out` must hold
     /// [`HANDSHAKE_LEN`].
     pub(crate) fn keepalive(&mut self, now: u64, out: &mut [u8]) -> Option<usize> {
-        self.send(&[], now, out).or_else(|| self.initiate(false, now, out))
+        self.send(0, now, out).or_else(|| self.initiate(false, now, out))
     }
 
     /// Whether there is a session to send with.
@@ -354,12 +352,13 @@ impl Noise {
     }
 
     /// Seals with the session that there is, and remembers to make another in time.
-    fn send(&mut self, packet: &[u8], now: u64, out: &mut [u8]) -> Option<usize> {
+    /// Seals what is in place, as in [`Noise::seal`], if there is a session.
+    fn send(&mut self, len: usize, now: u64, out: &mut [u8]) -> Option<usize> {
         let session = self.sessions.current_mut(now)?;
-        let len = session.seal(packet, out)?;
+        let sealed = session.seal(len, out)?;
         self.is_due |= session.is_old(now);
-        self.timers.sent(now, !packet.is_empty());
-        Some(len)
+        self.timers.sent(now, len > 0);
+        Some(sealed)
     }
 
     fn established(&mut self) {

@@ -72,19 +72,19 @@ impl Session {
         self.ours.value() == index
     }
 
-    /// Seals a packet into `out`, which has room for it and [`OVERHEAD`].
-    pub(super) fn seal(&mut self, packet: &[u8], out: &mut [u8]) -> Option<usize> {
+    /// Seals the `len` bytes that are behind the place for the header in `out`, which has room
+    /// for [`OVERHEAD`] more.
+    pub(super) fn seal(&mut self, len: usize, out: &mut [u8]) -> Option<usize> {
         let counter = self.counter;
         if counter >= REJECT_AFTER_MESSAGES {
             return None;
         }
-        let out = out.get_mut(..packet.len() + OVERHEAD)?;
+        let out = out.get_mut(..len + OVERHEAD)?;
         let (header, body) = out.split_at_mut(DATA_HEADER);
-        let (text, tag) = body.split_at_mut(packet.len());
+        let (text, tag) = body.split_at_mut(len);
         header[..4].copy_from_slice(&DATA.to_le_bytes());
         header[4..8].copy_from_slice(&self.theirs.to_le_bytes());
         header[8..].copy_from_slice(&counter.to_le_bytes());
-        text.copy_from_slice(packet);
         self.counter += 1;
         let key = self.sealing.get();
         let sealed = key.seal_in_place_separate_tag(nonce(counter), Aad::empty(), text).ok()?;
@@ -92,17 +92,15 @@ impl Session {
         Some(out.len())
     }
 
-    /// Opens a message into `out`, which is as long as its ciphertext at least.
-    fn open(&mut self, datagram: &[u8], out: &mut [u8]) -> Option<usize> {
+    /// Opens a message in its place. Returns how many bytes of plaintext follow the header.
+    fn open(&mut self, datagram: &mut [u8]) -> Option<usize> {
         let counter = u64::from_le_bytes(array(datagram, 8)?);
         if counter >= REJECT_AFTER_MESSAGES || !self.replay.is_new(counter) {
             return None;
         }
-        let sealed = datagram.get(DATA_HEADER..)?;
+        let sealed = datagram.get_mut(DATA_HEADER..)?;
         let len = sealed.len().checked_sub(TAG)?;
-        let out = out.get_mut(..sealed.len())?;
-        out.copy_from_slice(sealed);
-        self.opening.get().open_in_place(nonce(counter), Aad::empty(), out).ok()?;
+        self.opening.get().open_in_place(nonce(counter), Aad::empty(), sealed).ok()?;
         self.replay.accept(counter).then_some(len)
     }
 }
@@ -137,22 +135,21 @@ impl Sessions {
         self.current.as_deref_mut().filter(|session| session.is_alive(now))
     }
 
-    /// Opens a message with the session that it names. The first one of a session that we
+    /// Opens a message in its place, with the session that it names. The first one of a session that we
     /// have answered with makes it the current one.
     pub(super) fn open(
         &mut self,
         receiver: u32,
-        datagram: &[u8],
+        datagram: &mut [u8],
         now: u64,
-        out: &mut [u8],
     ) -> Option<Received> {
         let named = |session: &&mut Session| session.is(receiver) && session.is_alive(now);
         let current = self.current.as_deref_mut();
         let used = current.into_iter().chain(&mut self.previous).find(named);
         if let Some(session) = used {
-            return Some(Received { len: session.open(datagram, out)?, is_first: false });
+            return Some(Received { len: session.open(datagram)?, is_first: false });
         }
-        let len = self.next.as_deref_mut().into_iter().find(named)?.open(datagram, out)?;
+        let len = self.next.as_deref_mut().into_iter().find(named)?.open(datagram)?;
         if let Some(session) = self.next.take() {
             self.switch(session);
         }

@@ -8,7 +8,8 @@ use boringtun::noise::{Tunn, TunnResult};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::{
-    Claimed, HANDSHAKE_LEN, Identity, Indices, Message, Noise, OVERHEAD, Opened, Sealed, Verdict,
+    Claimed, DATA_HEADER, HANDSHAKE_LEN, Identity, Indices, Message, Noise, OVERHEAD, Opened,
+    Sealed, Verdict,
 };
 
 const NOW: u64 = 1000;
@@ -70,7 +71,12 @@ impl Pair {
             Message::Response { receiver } => {
                 self.ours.open_response(receiver, datagram, NOW, &mut out)
             }
-            Message::Data { receiver } => self.ours.open(receiver, datagram, NOW, &mut out),
+            Message::Data { receiver } => {
+                let mut datagram = datagram.to_vec();
+                let opened = self.ours.open(receiver, &mut datagram, NOW);
+                out = datagram.split_off(DATA_HEADER);
+                opened
+            }
             Message::Cookie { .. } => {
                 self.ours.open_cookie(datagram, NOW);
                 Opened::Keepalive
@@ -84,10 +90,10 @@ impl Pair {
     }
 
     fn sealed(&mut self) -> Vec<u8> {
-        let mut out = vec![0; packet().len() + OVERHEAD];
-        out.resize(out.len().max(HANDSHAKE_LEN), 0);
+        let mut out = vec![0; HANDSHAKE_LEN.max(packet().len() + OVERHEAD)];
+        out[DATA_HEADER..][..packet().len()].copy_from_slice(&packet());
         let (Sealed::Datagram(len) | Sealed::Initiation(len)) =
-            self.ours.seal(&packet(), NOW, &mut out)
+            self.ours.seal(packet().len(), NOW, &mut out)
         else {
             panic!("nothing to send")
         };

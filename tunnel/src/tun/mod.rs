@@ -3,14 +3,16 @@
 mod link;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 
 use crate::batch::{Batch, MAX_PACKET};
 use crate::error::TunnelError;
+use crate::offload::{Coalescer, Group, HEADER_LEN, Header, Offload};
 pub(crate) use link::Link;
 
 /// Stop reading at this many packets or bytes, so that a batch stays in the cache and
@@ -26,6 +28,10 @@ const QUEUE_PACKETS: u32 = 4096;
 pub(crate) struct Tun {
     file: File,
     link: Link,
+    /// What the kernel has agreed to.
+    offload: Offload,
+    /// Whether it takes what it has agreed to.
+    merges: AtomicBool,
 }
 
 /// What a read or a write says about the device.
@@ -40,8 +46,13 @@ impl Tun {
     /// Makes the device `name` with an MTU in bytes and, if given, an alias.
     ///
     /// With an alias, the device is made under another name first and renamed last, so that
-    /// it never has this name without the alias.
-    pub(crate) fn create(name: &str, mtu: u32, alias: Option<&str>) -> Result<Self, TunnelError> {
+    /// it never has this name without the alias. `offload` asks for super-packets.
+    pub(crate) fn create(
+        name: &str,
+        mtu: u32,
+        alias: Option<&str>,
+        offload: bool,
+    ) -> Result<Self, TunnelError> {
         if !is_device_name(name) {
             return Err(TunnelError::InvalidName { name: name.to_owned() });
         }
@@ -59,7 +70,9 @@ impl Tun {
             link.set_alias(alias).map_err(|source| failed("set the alias", name, source))?;
             link.rename(name).map_err(|source| creation_error(name, source))?;
         }
-        Ok(Self { file, link })
+        let offload = if offload { agree(&file) } else { Offload::Nothing };
+        tracing::info!(?offload, "TUN device made");
+        Ok(Self { file, link, offload, merges: AtomicBool::new(true) })
     }
 
     pub(crate) fn link(&self) -> &Link {
@@ -68,10 +81,16 @@ impl Tun {
 
     /// Adds packets to `batch` until there are none or the batch is full.
     pub(crate) fn read(&self, batch: &mut Batch) -> Alive {
+        let mut header = [0; HEADER_LEN];
         while batch.len() < BATCH_PACKETS && batch.used() < BATCH_BYTES {
-            match (&self.file).read(batch.space(MAX_PACKET)) {
+            let mut parts =
+                [IoSliceMut::new(&mut header), IoSliceMut::new(batch.space(MAX_PACKET))];
+            match (&self.file).read_vectored(&mut parts) {
                 Ok(0) => return Alive::Yes,
-                Ok(len) => batch.commit(len),
+                Ok(len) => match Header::read(&header) {
+                    Some(header) => batch.commit(len.saturating_sub(HEADER_LEN), header),
+                    None => tracing::debug!(?header, "a packet of a kind that was not asked for"),
+                },
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                     Some(Errno::EBADFD) => return Alive::Gone,
                     Some(Errno::EINTR) => {}
@@ -82,14 +101,56 @@ impl Tun {
         Alive::Yes
     }
 
-    /// Writes packets. What the device does not take (it is down, or the packet is not IP) is
-    /// dropped.
-    pub(crate) fn write(&self, batch: &Batch) {
-        for packet in batch.packets() {
-            if let Err(error) = (&self.file).write(packet) {
-                tracing::trace!(%error, len = packet.len(), "the TUN device refused a packet");
+    /// Writes packets, neighbours of a flow as one. What the device does not take (it is down, or
+    /// the packet is not IP) is dropped.
+    pub(crate) fn write(&self, packets: &[&[u8]], coalescer: &mut Coalescer) {
+        let merges = self.merges.load(Ordering::Relaxed);
+        coalescer.group(packets, if merges { self.offload } else { Offload::Nothing });
+        for group in coalescer.groups() {
+            let members = || coalescer.members(group).filter_map(|n| packets.get(n).copied());
+            if self.write_merged(group, members()) {
+                continue;
+            }
+            for packet in members() {
+                let header = Header::default().write();
+                if let Err(error) = self.write_parts(&[&header, packet].map(IoSlice::new)) {
+                    tracing::trace!(%error, len = packet.len(), "the TUN device refused a packet");
+                }
             }
         }
+    }
+
+    /// Writes the packets of a group as one. `false` if they are to be written one by one.
+    fn write_merged<'p>(
+        &self,
+        group: &Group,
+        mut members: impl Iterator<Item = &'p [u8]> + Clone,
+    ) -> bool {
+        let Some(merged) = members.clone().next().and_then(|first| group.merged(first)) else {
+            return false;
+        };
+        let header = merged.header.write();
+        let mut parts = vec![IoSlice::new(&header), IoSlice::new(merged.bytes())];
+        parts
+            .extend(members.by_ref().filter_map(|packet| merged.payload(packet)).map(IoSlice::new));
+        match self.write_parts(&parts) {
+            // Some kernels refuse what they have agreed to.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                if self.merges.swap(false, Ordering::Relaxed) {
+                    tracing::info!(%error, "the TUN device takes no super-packets");
+                }
+                false
+            }
+            Err(error) => {
+                tracing::trace!(%error, "the TUN device refused a super-packet");
+                true
+            }
+            Ok(()) => true,
+        }
+    }
+
+    fn write_parts(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        (&self.file).write_vectored(parts).map(drop)
     }
 }
 
@@ -124,13 +185,31 @@ fn open() -> Result<File, TunnelError> {
 fn attach(file: &File, name: &str) -> io::Result<String> {
     let mut request = link::request(name)?;
     // Exclusive: never attach to a device that somebody else made.
-    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_TUN_EXCL;
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
     // The flag word is unsigned in the kernel; EXCL is its highest bit.
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes an ifreq, which outlives the call.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     Errno::result(result)?;
     Ok(link::name_of(&request))
+}
+
+/// Asks for super-packets, both ways. Returns what the kernel agrees to.
+fn agree(file: &File) -> Offload {
+    let tcp = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
+    let udp = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+    let asks = |offload: libc::c_uint| {
+        // SAFETY: TUNSETOFFLOAD takes a number and no memory.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, offload) };
+        result == 0
+    };
+    if asks(tcp | udp) {
+        Offload::TcpAndUdp
+    } else if asks(tcp) {
+        Offload::Tcp
+    } else {
+        Offload::Nothing
+    }
 }
 
 fn creation_error(name: &str, source: io::Error) -> TunnelError {

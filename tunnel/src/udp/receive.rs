@@ -71,15 +71,16 @@ impl Receiver {
     }
 
     /// The datagrams of the last receive.
-    pub(crate) fn datagrams(&self) -> impl Iterator<Item = Datagram<'_>> {
-        (0..self.received).flat_map(|i| {
-            let header = &self.headers[i];
+    pub(crate) fn datagrams(&mut self) -> impl Iterator<Item = Datagram<'_>> {
+        let received = self.buffers.chunks_mut(STRIDE).take(self.received);
+        let said = self.headers.iter().zip(&self.names);
+        received.zip(said).flat_map(|(buffer, (header, name))| {
             let len = usize::try_from(header.msg_len).unwrap_or(0).min(STRIDE);
             let info = Info::of(&header.msg_hdr);
-            let from = socket_address(&self.names[i]);
+            let from = socket_address(name);
             // The kernel has merged neighbours of one length; an empty one counts as none.
-            let bytes = &self.buffers[i * STRIDE..i * STRIDE + len];
-            bytes.chunks(info.segment.unwrap_or(len).max(1)).filter_map(move |bytes| {
+            let bytes = buffer.get_mut(..len).unwrap_or_default();
+            bytes.chunks_mut(info.segment.unwrap_or(len).max(1)).filter_map(move |bytes| {
                 Some(Datagram { bytes, from: from?, to: info.to, ecn: info.ecn })
             })
         })

@@ -79,15 +79,16 @@ impl Node {
     /// Receives one datagram: the packets that come out, and the answers.
     pub(super) fn open_from(&self, bytes: &[u8], from: SocketAddr) -> (Vec<Vec<u8>>, Vec<Sent>) {
         let to = Some(Source::new(self.address.ip(), 1));
+        let bytes = &mut bytes.to_vec();
         self.open_datagram(Datagram { bytes, from, to, ecn: 0 })
     }
 
     pub(super) fn open_datagram(&self, datagram: Datagram<'_>) -> (Vec<Vec<u8>>, Vec<Sent>) {
-        let (mut packets, mut outbox) = (Batch::new(), Outbox::new());
+        let (mut packets, mut outbox) = (Vec::new(), Outbox::new());
         let mut handshakes = Vec::new();
         self.device.open([datagram], &mut packets, &mut outbox, |message| handshakes.push(message));
         handshakes.into_iter().for_each(|message| self.device.answer(message, &mut outbox));
-        (packets.packets().map(<[u8]>::to_vec).collect(), sent(&outbox))
+        (packets.into_iter().map(<[u8]>::to_vec).collect(), sent(&outbox))
     }
 
     pub(super) fn tick(&self, uptime: Duration) -> Vec<Sent> {

@@ -64,6 +64,7 @@ fn congestion_is_told_from_outside_to_inside_and_back() {
         let (bytes, to) = outbox.datagrams().next().unwrap();
         assert_eq!(to.tos, outside);
         // It meets a queue on the way.
+        let bytes = &mut bytes.to_vec();
         let datagram = Datagram { bytes, from: a.address, to: None, ecn: 3 };
         let (packets, _) = b.open_datagram(datagram);
         assert_eq!(packets[0][1], 0xb8 | told);
