@@ -124,15 +124,14 @@ impl Tun {
     fn write_merged<'p>(
         &self,
         group: &Group,
-        mut members: impl Iterator<Item = &'p [u8]> + Clone,
+        members: impl Iterator<Item = &'p [u8]> + Clone,
     ) -> bool {
         let Some(merged) = members.clone().next().and_then(|first| group.merged(first)) else {
             return false;
         };
         let header = merged.header.write();
         let mut parts = vec![IoSlice::new(&header), IoSlice::new(merged.bytes())];
-        parts
-            .extend(members.by_ref().filter_map(|packet| merged.payload(packet)).map(IoSlice::new));
+        parts.extend(members.filter_map(|packet| merged.payload(packet)).map(IoSlice::new));
         match self.write_parts(&parts) {
             // Some kernels refuse what they have agreed to.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
