@@ -1,9 +1,44 @@
 //! What the tunnel reads of IP headers, and the one thing that it writes.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
 
 /// Explicit congestion notification (RFC 3168): the two bits of a packet that met a queue.
 pub(crate) const CE: u8 = 3;
+
+/// The version of the Internet protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// Of a packet whose header is all there.
+    pub(crate) fn of(packet: &[u8]) -> Option<Self> {
+        match packet.first()? >> 4 {
+            4 if packet.len() >= 20 => Some(Self::V4),
+            6 if packet.len() >= 40 => Some(Self::V6),
+            _ => None,
+        }
+    }
+
+    /// Of a header without options or extensions, bytes.
+    pub(crate) fn header_len(self) -> usize {
+        match self {
+            Self::V4 => 20,
+            Self::V6 => 40,
+        }
+    }
+
+    /// Where both addresses are.
+    pub(crate) fn addresses(self) -> Range<usize> {
+        match self {
+            Self::V4 => 12..20,
+            Self::V6 => 8..40,
+        }
+    }
+}
 
 /// The destination address of an IP packet.
 pub(crate) fn destination(packet: &[u8]) -> Option<IpAddr> {
@@ -16,27 +51,35 @@ pub(crate) fn source(packet: &[u8]) -> Option<IpAddr> {
 }
 
 fn address(packet: &[u8], v4: usize, v6: usize) -> Option<IpAddr> {
-    match version(packet)? {
-        4 => packet.get(v4..)?.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets).into()),
-        _ => packet.get(v6..)?.first_chunk::<16>().map(|octets| Ipv6Addr::from(*octets).into()),
+    match Family::of(packet)? {
+        Family::V4 => {
+            packet.get(v4..)?.first_chunk::<4>().map(|octets| Ipv4Addr::from(*octets).into())
+        }
+        Family::V6 => {
+            packet.get(v6..)?.first_chunk::<16>().map(|octets| Ipv6Addr::from(*octets).into())
+        }
     }
 }
 
 /// The length that an IP packet says it has, if it is all there.
 pub(crate) fn len(packet: &[u8]) -> Option<usize> {
-    let half = |at: usize| Some(usize::from(u16::from_be_bytes(*packet.get(at..)?.first_chunk()?)));
-    let len = match version(packet)? {
-        4 => half(2)?,
-        _ => half(4)? + 40,
+    let len = match Family::of(packet)? {
+        Family::V4 => usize::from(half(packet, 2)?),
+        Family::V6 => usize::from(half(packet, 4)?) + 40,
     };
     (len <= packet.len()).then_some(len)
 }
 
+/// A 16-bit field.
+pub(crate) fn half(packet: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(*packet.get(at..)?.first_chunk()?))
+}
+
 /// The two bits of explicit congestion notification; 0 if the sender does not take part.
 pub(crate) fn ecn(packet: &[u8]) -> u8 {
-    match version(packet) {
-        Some(4) => packet[1] & CE,
-        Some(_) => packet[1] >> 4 & CE,
+    match Family::of(packet) {
+        Some(Family::V4) => packet[1] & CE,
+        Some(Family::V6) => packet[1] >> 4 & CE,
         None => 0,
     }
 }
@@ -44,25 +87,16 @@ pub(crate) fn ecn(packet: &[u8]) -> u8 {
 /// Tells the receiver of a packet that the datagram around it met a queue, if the sender
 /// takes part (RFC 6040, 4.2).
 pub(crate) fn set_congested(packet: &mut [u8]) {
-    match (version(packet), ecn(packet)) {
+    match (Family::of(packet), ecn(packet)) {
         (None, _) | (_, 0 | CE) => {}
-        (Some(4), ecn) => {
+        (Some(Family::V4), ecn) => {
             packet[1] |= CE;
             // The checksum follows from the difference (RFC 1624, 3).
             let sum = u16::from_be_bytes([packet[10], packet[11]]);
             let (sum, carry) = (!sum).overflowing_add(u16::from(CE - ecn));
             packet[10..12].copy_from_slice(&(!(sum + u16::from(carry))).to_be_bytes());
         }
-        (Some(_), _) => packet[1] |= CE << 4,
-    }
-}
-
-/// 4 or 6, of a packet whose header is all there.
-fn version(packet: &[u8]) -> Option<u8> {
-    match packet.first()? >> 4 {
-        4 if packet.len() >= 20 => Some(4),
-        6 if packet.len() >= 40 => Some(6),
-        _ => None,
+        (Some(Family::V6), _) => packet[1] |= CE << 4,
     }
 }
 

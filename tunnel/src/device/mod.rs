@@ -117,9 +117,9 @@ impl Device {
         }
     }
 
-    /// Opens received datagrams in their places: packets for the TUN device go to `packets`, what waited for
-    /// a session to `outbox`, and handshake messages to `handshakes`, for [`Device::answer`].
-    /// What is not authentic, or comes from an address that its peer does not own, is dropped.
+    /// Opens received datagrams in their places: packets for the TUN device go to `packets`, what
+    /// waited for a session to `outbox`, and handshake messages to `handshakes`, for
+    /// [`Device::answer`]. What is not authentic, or comes from an address that its peer does not own, is dropped.
     pub fn open<'d>(
         &self,
         datagrams: impl IntoIterator<Item = Datagram<'d>>,

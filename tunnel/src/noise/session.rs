@@ -135,8 +135,8 @@ impl Sessions {
         self.current.as_deref_mut().filter(|session| session.is_alive(now))
     }
 
-    /// Opens a message in its place, with the session that it names. The first one of a session that we
-    /// have answered with makes it the current one.
+    /// Opens a message in its place, with the session that it names. The first one of a session
+    /// that we have answered with makes it the current one.
     pub(super) fn open(
         &mut self,
         receiver: u32,

@@ -1,6 +1,7 @@
 //! The Internet checksum (RFC 1071).
 
-use super::packet::{Family, put};
+use super::packet::put;
+use crate::ip::Family;
 
 /// A sum of 16-bit words that is not folded yet, in the byte order of the host: the checksum
 /// does not depend on it as long as what is read and written has the same (RFC 1071, 2).

@@ -9,9 +9,10 @@ use super::Offload;
 use super::checksum::Sum;
 use super::header::{Checksum, Cut, Header, Protocol};
 use super::packet::{
-    ACK, ACKNOWLEDGEMENT, DATA_OFFSET, ECE, FLAGS, Family, PSH, SEQUENCE, TCP, TCP_CHECKSUM,
-    TCP_LEN, UDP, UDP_CHECKSUM, UDP_LEN, UDP_LENGTH, WINDOW, half, put, word,
+    ACK, ACKNOWLEDGEMENT, DATA_OFFSET, ECE, FLAGS, PSH, SEQUENCE, TCP, TCP_CHECKSUM, TCP_LEN, UDP,
+    UDP_CHECKSUM, UDP_LEN, UDP_LENGTH, WINDOW, put, word,
 };
+use crate::ip::{Family, half};
 
 /// Bytes of a super-packet, as in an IP header.
 const MAX_BYTES: usize = 65_535;
@@ -38,18 +39,9 @@ pub(crate) struct Group {
     count: usize,
     /// Of the whole, bytes.
     len: usize,
-    /// What another packet must fit; `None` if none may follow.
-    open: Option<Open>,
+    /// The sequence number of the next packet; `None` if none may follow.
+    open: Option<u32>,
     shape: Option<Shape>,
-    /// The last packet has PSH set.
-    is_pushed: bool,
-}
-
-/// A group that packets may be added to.
-#[derive(Debug, Clone, Copy)]
-struct Open {
-    /// The sequence number of the next packet.
-    sequence: u32,
 }
 
 /// A packet of TCP or UDP that can be merged with its neighbours.
@@ -99,21 +91,19 @@ impl Coalescer {
             return group.push(number, packet, shape);
         }
         // The flow goes on in a new group: the one before takes no more, since it is not found.
-        let sequence = shape.and_then(|shape| shape.next_sequence(packet));
-        let is_pushed = shape.is_some_and(|shape| shape.is_pushed(packet));
+        let open = shape.and_then(|shape| shape.next_sequence(packet));
         self.groups.push(Group {
             first: number,
             last: number,
             count: 1,
             len: packet.len(),
-            open: sequence.filter(|_| !is_pushed).map(|sequence| Open { sequence }),
+            open,
             shape,
-            is_pushed,
         });
     }
 
     /// The numbers of a group's packets.
-    pub(crate) fn members(&self, group: &Group) -> impl Iterator<Item = usize> + Clone {
+    pub(crate) fn members(&self, group: &Group) -> impl Iterator<Item = usize> {
         std::iter::successors(Some(group.first), |number| self.next.get(*number).copied()?)
     }
 
@@ -124,14 +114,15 @@ impl Coalescer {
 }
 
 impl Group {
-    /// The super-packet's headers, from those of the first packet; `None` for one that stays as
-    /// it is. What follows are the payloads of all.
-    pub(crate) fn merged(&self, first: &[u8]) -> Option<Merged> {
+    /// The super-packet's headers, from those of the first member, of the batch that was grouped;
+    /// `None` for a group of one. What follows are the payloads of all.
+    pub(crate) fn merged(&self, packets: &[&[u8]]) -> Option<Merged> {
+        let (first, last) = (packets.get(self.first)?, packets.get(self.last)?);
         let shape = self.shape.filter(|_| self.count > 1)?;
         let mut merged = Merged { header: shape.header(), bytes: [0; HEADERS], len: shape.headers };
         let headers = merged.bytes.get_mut(..shape.headers)?;
         headers.copy_from_slice(first.get(..shape.headers)?);
-        shape.lengthen(headers, self.len, self.is_pushed);
+        shape.lengthen(headers, self.len, shape.is_pushed(last));
         Some(merged)
     }
 
@@ -144,17 +135,15 @@ impl Group {
             && self.count < MAX_PACKETS
             && self.len + shape.payload <= MAX_BYTES
             && own.is_alike(first, packet, self.count)
-            && (!own.is_tcp || word(packet, own.transport() + SEQUENCE) == Some(open.sequence))
+            && (!own.is_tcp || word(packet, own.transport() + SEQUENCE) == Some(open))
     }
 
     fn push(&mut self, number: usize, packet: &[u8], shape: Shape) {
         self.last = number;
         self.count += 1;
         self.len += shape.payload;
-        self.is_pushed = shape.is_pushed(packet);
-        let is_last = self.is_pushed || self.shape.is_none_or(|own| shape.payload < own.payload);
-        let sequence = shape.next_sequence(packet).filter(|_| !is_last);
-        self.open = sequence.map(|sequence| Open { sequence });
+        let is_last = self.shape.is_none_or(|own| shape.payload < own.payload);
+        self.open = shape.next_sequence(packet).filter(|_| !is_last);
     }
 }
 
@@ -237,7 +226,11 @@ impl Shape {
         is_alike && (!self.is_tcp || is_alike_in_tcp())
     }
 
+    /// What follows a packet, if anything may: PSH ends a super-packet.
     fn next_sequence(&self, packet: &[u8]) -> Option<u32> {
+        if self.is_pushed(packet) {
+            return None;
+        }
         if !self.is_tcp {
             return Some(0);
         }

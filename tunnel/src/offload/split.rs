@@ -4,9 +4,10 @@
 use super::checksum::Sum;
 use super::header::{Header, Protocol};
 use super::packet::{
-    CWR, DATA_OFFSET, FIN, FLAGS, Family, PSH, SEQUENCE, TCP, TCP_CHECKSUM, TCP_LEN, UDP,
-    UDP_CHECKSUM, UDP_LEN, UDP_LENGTH, half, put, word,
+    CWR, DATA_OFFSET, FIN, FLAGS, PSH, SEQUENCE, TCP, TCP_CHECKSUM, TCP_LEN, UDP, UDP_CHECKSUM,
+    UDP_LEN, UDP_LENGTH, put, word,
 };
+use crate::ip::{Family, half};
 
 /// A packet of the TUN device, and what it is cut into.
 #[derive(Debug, Clone, Copy)]

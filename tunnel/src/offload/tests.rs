@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::header::{Checksum, Cut, Protocol};
 use super::{Coalescer, Header, Offload, Split};
+use crate::ip::Family;
 
 /// A flow: family, protocol, ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,7 +100,7 @@ fn merged_and_cut(packets: &[Vec<u8>], offload: Offload) -> (usize, Vec<Vec<u8>>
     let mut out = Vec::new();
     for group in coalescer.groups() {
         let members: Vec<_> = coalescer.members(group).map(|number| packets[number]).collect();
-        match group.merged(members[0]) {
+        match group.merged(&packets) {
             Some(merged) => {
                 let mut whole = merged.bytes().to_vec();
                 members.iter().for_each(|m| whole.extend(merged.payload(m).unwrap()));
@@ -274,7 +275,7 @@ fn a_partial_checksum_is_completed() {
         header.cut = None;
         let at = flow.transport() + if is_tcp { 16 } else { 6 };
         let covered = (right.len() - flow.transport()) as u16;
-        let family = if is_v6 { super::packet::Family::V6 } else { super::packet::Family::V4 };
+        let family = if is_v6 { Family::V6 } else { Family::V4 };
         let protocol = if is_tcp { 6 } else { 17 };
         let sum = super::checksum::Sum::pseudo_header(family, &right, protocol, covered.into());
         partial[at..at + 2].copy_from_slice(&sum.fold().to_ne_bytes());

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use crate::batch::{Batch, MAX_PACKET};
 use crate::error::TunnelError;
-use crate::offload::{Coalescer, Group, HEADER_LEN, Header, Offload};
+use crate::offload::{Coalescer, HEADER_LEN, Header, Merged, Offload};
 pub(crate) use link::Link;
 
 /// Stop reading at this many packets or bytes, so that a batch stays in the cache and
@@ -108,7 +108,8 @@ impl Tun {
         coalescer.group(packets, if merges { self.offload } else { Offload::Nothing });
         for group in coalescer.groups() {
             let members = || coalescer.members(group).filter_map(|n| packets.get(n).copied());
-            if self.write_merged(group, members()) {
+            let merged = group.merged(packets);
+            if merged.is_some_and(|merged| self.write_merged(&merged, members())) {
                 continue;
             }
             for packet in members() {
@@ -120,15 +121,8 @@ impl Tun {
         }
     }
 
-    /// Writes the packets of a group as one. `false` if they are to be written one by one.
-    fn write_merged<'p>(
-        &self,
-        group: &Group,
-        members: impl Iterator<Item = &'p [u8]> + Clone,
-    ) -> bool {
-        let Some(merged) = members.clone().next().and_then(|first| group.merged(first)) else {
-            return false;
-        };
+    /// Writes packets as one. `false` if they are to be written one by one.
+    fn write_merged<'p>(&self, merged: &Merged, members: impl Iterator<Item = &'p [u8]>) -> bool {
         let header = merged.header.write();
         let mut parts = vec![IoSlice::new(&header), IoSlice::new(merged.bytes())];
         parts.extend(members.filter_map(|packet| merged.payload(packet)).map(IoSlice::new));

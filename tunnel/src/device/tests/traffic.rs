@@ -2,7 +2,7 @@ use std::time::{Duration, SystemTime};
 
 use super::pair::{MTU, Node, connected, net, packet, pair, passes, run};
 use crate::device::{AllowedIpChange, Datagram, PeerUpdate};
-use crate::noise::OVERHEAD;
+use crate::noise::{DATA_HEADER, OVERHEAD};
 use crate::{Batch, Outbox};
 
 #[test]
@@ -50,6 +50,22 @@ fn plaintext_is_padded_to_16_bytes_but_not_past_the_mtu() {
         assert_eq!(sent[0].bytes.len(), padded + OVERHEAD, "{len}");
         assert_eq!(run(&a, &b, sent), vec![packet]);
     }
+}
+
+#[test]
+fn padding_is_zero_whatever_was_in_the_buffer_before() {
+    let (a, b) = connected();
+    let (mut batch, mut outbox) = (Batch::new(), Outbox::new());
+    for len in [400, 20] {
+        batch.clear();
+        outbox.clear();
+        batch.push(&packet(a.inside, b.inside, len));
+        a.device.seal(&batch, &mut outbox);
+    }
+    let mut bytes = outbox.datagrams().next().unwrap().0.to_vec();
+    let datagram = Datagram { bytes: &mut bytes, from: a.address, to: None, ecn: 0 };
+    assert_eq!(b.open_datagram(datagram).0.len(), 1);
+    assert_eq!(bytes[DATA_HEADER + 20..][..12], [0; 12]);
 }
 
 #[test]
