@@ -52,9 +52,8 @@ pub(super) struct Args {
     #[arg(long, default_value_t = DEFAULT_MTU, value_parser = clap::value_parser!(u32).range(68..=65535))]
     mtu: u32,
 
-    /// Take and give single packets only: the kernel cuts and merges them, not the tunnel.
-    #[arg(long)]
-    no_tun_offload: bool,
+    #[command(flatten)]
+    datapath: Datapath,
 
     /// Append the log to this file. In the background nothing is logged otherwise.
     #[arg(long, value_name = "FILE")]
@@ -67,6 +66,51 @@ pub(super) struct Args {
     /// This process is the background child of another.
     #[arg(long, hide = true)]
     background_child: bool,
+}
+
+/// How packets are moved. The defaults are the fastest.
+#[derive(Debug, clap::Args)]
+struct Datapath {
+    /// Threads that move packets, each with a queue of the device and sockets of its own
+    /// [default: one for each processor, up to 8].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    queues: Option<u8>,
+
+    /// Take and give single packets only: the kernel cuts and merges them, not the tunnel.
+    #[arg(long)]
+    no_tun_offload: bool,
+
+    /// Send datagrams one by one.
+    #[arg(long)]
+    no_udp_gso: bool,
+
+    /// Receive datagrams as they come, not merged by the kernel.
+    #[arg(long)]
+    no_udp_gro: bool,
+}
+
+impl Datapath {
+    fn options(&self) -> gambeson_tunnel::Datapath {
+        let fastest = gambeson_tunnel::Datapath::default();
+        gambeson_tunnel::Datapath {
+            queues: self.queues.map_or(fastest.queues, usize::from),
+            tun_offload: !self.no_tun_offload,
+            udp_gso: !self.no_udp_gso,
+            udp_gro: !self.no_udp_gro,
+        }
+    }
+
+    /// What says the same to another process.
+    fn arguments(&self) -> impl Iterator<Item = String> {
+        let flags = [
+            (self.no_tun_offload, "--no-tun-offload"),
+            (self.no_udp_gso, "--no-udp-gso"),
+            (self.no_udp_gro, "--no-udp-gro"),
+        ];
+        let queues = self.queues.map(|queues| format!("--queues={queues}"));
+        let given = flags.into_iter().filter(|(is_given, _)| *is_given);
+        queues.into_iter().chain(given.map(|(_, flag)| flag.to_owned()))
+    }
 }
 
 /// The arguments of this process; with the subcommand if it was started by the file name
@@ -90,7 +134,7 @@ fn serve(args: &Args) -> Result<(), Failure> {
     let mut options = Options::new(&args.name);
     options.mtu = args.mtu;
     options.alias.clone_from(&args.alias);
-    options.tun_offload = !args.no_tun_offload;
+    options.datapath = args.datapath.options();
     let tunnel = Tunnel::start(&options).map_err(failure)?;
     if args.background_child {
         detach()?;
@@ -136,7 +180,7 @@ fn start_in_background(args: &Args) -> Result<(), Failure> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("gambeson").args(["tunnel", "--background-child", &args.name]);
     command.arg(format!("--mtu={}", args.mtu));
-    command.args(args.no_tun_offload.then_some("--no-tun-offload"));
+    command.args(args.datapath.arguments());
     if let Some(alias) = &args.alias {
         command.arg(format!("--alias={alias}"));
     }

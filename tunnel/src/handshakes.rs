@@ -24,6 +24,7 @@ pub(crate) struct Handshake {
 }
 
 /// The end that messages are put in at.
+#[derive(Clone)]
 pub(crate) struct Handshakes(SyncSender<Handshake>);
 
 pub(crate) fn queue() -> (Handshakes, Receiver<Handshake>) {

@@ -4,9 +4,10 @@
 //! `wg-quick` and `wireguard-control` talk to, and moves packets until the device is deleted
 //! or a signal asks for the end. [`Device`] is the same without I/O.
 //!
-//! Four plain threads move bytes and settings: `outbound` reads the TUN device, seals and
-//! sends; `inbound` receives, opens and writes to the TUN device; `handshakes` answers what is
-//! not data; `config` serves the configuration socket. The calling thread runs timers and watches signals and links.
+//! Plain threads move bytes and settings: a `worker` for each processor has a queue of the TUN
+//! device and sockets of its own, and does all that a packet needs; `handshakes` answers what is
+//! not data; `config` serves the configuration socket. The calling thread runs timers and watches
+//! signals and links.
 
 mod allowed_ips;
 mod batch;
@@ -33,4 +34,4 @@ pub use device::{
 pub use endpoint::{Endpoint, Source};
 pub use error::TunnelError;
 pub use process::{keep_descriptors, keep_memory_private};
-pub use tunnel::{DEFAULT_MTU, Options, SOCKET_DIRECTORY, Tunnel, run};
+pub use tunnel::{DEFAULT_MTU, Datapath, Options, SOCKET_DIRECTORY, Tunnel, run};

@@ -14,18 +14,28 @@ use crate::device::{Device, DeviceUpdate};
 use crate::netlink::Routes;
 use crate::tun::Tun;
 use crate::uapi::Configurable;
-use crate::udp::Sockets;
+use crate::udp::{How, Sockets};
 
 /// A running tunnel.
 pub(crate) struct Shared {
     pub(crate) device: Device,
     pub(crate) tun: Tun,
     pub(crate) stop: Stop,
-    /// Says that the sockets are others now.
-    pub(crate) rebound: Event,
+    /// Says to each worker that the sockets are others now.
+    pub(crate) rebound: Vec<Event>,
+    use_of_udp: UseOfUdp,
     routes: Routes,
     sockets: RwLock<Option<Arc<Sockets>>>,
     settings: Mutex<Settings>,
+}
+
+/// What the kernel may be asked to do with datagrams.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UseOfUdp {
+    /// Cut what is sent.
+    pub(crate) cuts: bool,
+    /// Merge what is received.
+    pub(crate) merges: bool,
 }
 
 /// Settings of the sockets. Its lock is held while they are changed.
@@ -52,12 +62,13 @@ pub(crate) enum End {
 }
 
 impl Shared {
-    pub(crate) fn new(tun: Tun, mtu: usize) -> io::Result<Self> {
+    pub(crate) fn new(tun: Tun, mtu: usize, use_of_udp: UseOfUdp) -> io::Result<Self> {
         Ok(Self {
             device: Device::new(mtu),
-            tun,
             stop: Stop { event: Event::new()?, end: Mutex::new(None) },
-            rebound: Event::new()?,
+            rebound: tun.queues().iter().map(|_| Event::new()).collect::<io::Result<_>>()?,
+            tun,
+            use_of_udp,
             routes: Routes::open()?,
             sockets: RwLock::default(),
             settings: Mutex::default(),
@@ -68,14 +79,19 @@ impl Shared {
         self.sockets.read().clone()
     }
 
-    /// Sends what is in the outbox; without sockets, it is dropped.
-    pub(crate) fn send(&self, outbox: &Outbox) {
+    /// Sends what is in the outbox, by the sockets of a worker; without any, it is dropped.
+    pub(crate) fn send_by(&self, worker: usize, outbox: &Outbox) {
         if outbox.is_empty() {
             return;
         }
         if let Some(sockets) = self.sockets() {
-            sockets.send(outbox, &self.device);
+            sockets.send(worker, outbox, &self.device);
         }
+    }
+
+    /// Sends what is in the outbox of a thread that is no worker.
+    pub(crate) fn send(&self, outbox: &Outbox) {
+        self.send_by(0, outbox);
     }
 
     /// Stops replying from addresses that the routes do not lead over any more.
@@ -105,7 +121,7 @@ impl Shared {
         }
         if !up {
             *self.sockets.write() = None;
-            self.rebound.notify();
+            self.rebound.iter().for_each(Event::notify);
         } else if let Err(error) = self.listen(&settings) {
             // It stays down, and the next packet tries again.
             if !std::mem::replace(&mut settings.is_port_missing, true) {
@@ -125,9 +141,9 @@ impl Shared {
         if self.sockets.read().is_some() {
             return Ok(());
         }
-        let bind = || Sockets::bind(settings.listen_port, settings.fwmark);
+        let bind = || self.bind(settings.listen_port, settings.fwmark);
         let sockets = bind().or_else(|_| {
-            // The thread that receives may have the sockets from before the link went down.
+            // Those that receive may have the sockets from before the link went down.
             std::thread::sleep(Duration::from_millis(20));
             bind()
         })?;
@@ -135,10 +151,15 @@ impl Shared {
         Ok(())
     }
 
+    fn bind(&self, port: u16, fwmark: u32) -> io::Result<Sockets> {
+        let UseOfUdp { cuts, merges } = self.use_of_udp;
+        Sockets::bind(port, How { fwmark, merges }, self.tun.queues().len(), cuts)
+    }
+
     fn rebind(&self, sockets: Sockets) {
         tracing::info!(port = sockets.port(), "listening");
         *self.sockets.write() = Some(Arc::new(sockets));
-        self.rebound.notify();
+        self.rebound.iter().for_each(Event::notify);
     }
 
     /// New sockets, if the update asks for another port and the link is up.
@@ -159,7 +180,7 @@ impl Shared {
             None => return Ok(None),
         };
         let fwmark = update.fwmark.unwrap_or(settings.fwmark);
-        let sockets = Sockets::bind(port, fwmark).map_err(|error| errno(&error))?;
+        let sockets = self.bind(port, fwmark).map_err(|error| errno(&error))?;
         // While the link is down no port is bound, but whether it can be is worth knowing.
         Ok(Some(sockets).filter(|_| self.device.is_up()))
     }

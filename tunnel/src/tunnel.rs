@@ -1,6 +1,7 @@
 //! A tunnel from start to end: threads, signals, timers.
 
 use std::io;
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
@@ -17,10 +18,10 @@ use crate::device::TICK;
 use crate::error::TunnelError;
 use crate::handshakes;
 use crate::netlink;
-use crate::shared::{End, Shared};
+use crate::shared::{End, Shared, UseOfUdp};
 use crate::tun::Tun;
 use crate::uapi::{self, Listener};
-use crate::worker;
+use crate::worker::{self, Worker};
 
 /// The MTU of a tunnel over any underlay of 1500 bytes (1500 less 40 IPv6, 8 UDP, 32
 /// WireGuard), bytes.
@@ -40,8 +41,32 @@ pub struct Options {
     pub alias: Option<String>,
     /// Where the configuration socket goes.
     pub socket_directory: PathBuf,
+    /// How packets are moved.
+    pub datapath: Datapath,
+}
+
+/// How packets are moved. The defaults are the fastest; what the kernel does not know is left out
+/// without being told.
+#[derive(Debug, Clone, Copy)]
+pub struct Datapath {
+    /// Queues of the TUN device, each with a thread and sockets of its own.
+    pub queues: usize,
     /// Whether the TUN device may hand over super-packets, and take them.
     pub tun_offload: bool,
+    /// Whether the kernel may cut what is sent into datagrams (`UDP_SEGMENT`, udp(7)).
+    pub udp_gso: bool,
+    /// Whether the kernel may merge datagrams that are received (`UDP_GRO`, udp(7)).
+    pub udp_gro: bool,
+}
+
+/// More queues than this are not made unless asked for.
+const QUEUES: usize = 8;
+
+impl Default for Datapath {
+    fn default() -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        Self { queues: processors.min(QUEUES), tun_offload: true, udp_gso: true, udp_gro: true }
+    }
 }
 
 impl Options {
@@ -52,7 +77,7 @@ impl Options {
             mtu: DEFAULT_MTU,
             alias: None,
             socket_directory: SOCKET_DIRECTORY.into(),
-            tun_offload: true,
+            datapath: Datapath::default(),
         }
     }
 }
@@ -85,10 +110,12 @@ impl Tunnel {
     pub fn start(options: &Options) -> Result<Self, TunnelError> {
         let signals = block_signals().map_err(TunnelError::system("wait for signals"))?;
         let network = netlink::watch().map_err(TunnelError::system("watch the network"))?;
-        let tun =
-            Tun::create(&options.name, options.mtu, options.alias.as_deref(), options.tun_offload)?;
+        let Datapath { queues, tun_offload, udp_gso, udp_gro } = options.datapath;
+        let alias = options.alias.as_deref();
+        let tun = Tun::create(&options.name, options.mtu, alias, queues.max(1), tun_offload)?;
         let listener = Listener::bind(&options.socket_directory, &options.name)?;
-        let shared = Shared::new(tun, options.mtu as usize)
+        let use_of_udp = UseOfUdp { cuts: udp_gso, merges: udp_gro };
+        let shared = Shared::new(tun, options.mtu as usize, use_of_udp)
             .map_err(TunnelError::system("make an event descriptor"))?;
         let mut tunnel = Self {
             shared: Arc::new(shared),
@@ -98,11 +125,14 @@ impl Tunnel {
             network,
             started: Instant::now(),
         };
-        tunnel.spawn("outbound", |shared, _| worker::outbound(shared))?;
         let (queue, waiting) = handshakes::queue();
         tunnel.spawn("handshakes", move |shared, _| handshakes::answer(shared, &waiting))?;
-        // The other end of the queue goes with this thread, and ends the one before.
-        tunnel.spawn("inbound", move |shared, _| worker::inbound(shared, &queue))?;
+        for number in 0..queues.max(1) {
+            // The last of them to end takes the end of the queue along, and ends the thread above.
+            let queue = queue.clone();
+            tunnel.spawn("worker", move |shared, _| Worker::new(shared, number, queue).run())?;
+        }
+        drop(queue);
         tunnel.spawn("config", accept)?;
         Ok(tunnel)
     }

@@ -26,8 +26,14 @@ const QUEUE_PACKETS: u32 = 4096;
 
 /// A TUN device that this process made. It goes away with the process.
 pub(crate) struct Tun {
-    file: File,
     link: Link,
+    queues: Vec<Queue>,
+}
+
+/// A queue of a TUN device. The packets of a flow come by one queue: that which the flow's other
+/// direction was last written to (`tun_flow_update`, drivers/net/tun.c), or by a hash.
+pub(crate) struct Queue {
+    file: File,
     /// What the kernel has agreed to.
     offload: Offload,
     /// Whether it takes what it has agreed to.
@@ -51,6 +57,7 @@ impl Tun {
         name: &str,
         mtu: u32,
         alias: Option<&str>,
+        queues: usize,
         offload: bool,
     ) -> Result<Self, TunnelError> {
         if !is_device_name(name) {
@@ -61,7 +68,17 @@ impl Tun {
         }
         let file = open()?;
         let first_name = if alias.is_some() { "gbn-tun%d" } else { name };
-        let made = attach(&file, first_name).map_err(|source| creation_error(name, source))?;
+        let several = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        // Exclusive: never attach to a device that somebody else made.
+        let made = attach(&file, first_name, several | libc::IFF_TUN_EXCL)
+            .map_err(|source| creation_error(name, source))?;
+        let mut files = vec![file];
+        for _ in 1..queues {
+            let file = open()?;
+            attach(&file, &made, several)
+                .map_err(|source| failed("add a queue to", name, source))?;
+            files.push(file);
+        }
         let link = Link::open(&made).map_err(|source| failed("find the index", name, source))?;
         link.set_mtu(mtu).map_err(|source| failed("set the MTU", name, source))?;
         link.set_queue_length(QUEUE_PACKETS)
@@ -70,15 +87,22 @@ impl Tun {
             link.set_alias(alias).map_err(|source| failed("set the alias", name, source))?;
             link.rename(name).map_err(|source| creation_error(name, source))?;
         }
-        let offload = if offload { agree(&file) } else { Offload::Nothing };
-        tracing::info!(?offload, "TUN device made");
-        Ok(Self { file, link, offload, merges: AtomicBool::new(true) })
+        let offload = if offload { agree(&files[0]) } else { Offload::Nothing };
+        tracing::info!(?offload, queues, "TUN device made");
+        let queue = |file| Queue { file, offload, merges: AtomicBool::new(true) };
+        Ok(Self { link, queues: files.into_iter().map(queue).collect() })
     }
 
     pub(crate) fn link(&self) -> &Link {
         &self.link
     }
 
+    pub(crate) fn queues(&self) -> &[Queue] {
+        &self.queues
+    }
+}
+
+impl Queue {
     /// Adds packets to `batch` until there are none or the batch is full.
     pub(crate) fn read(&self, batch: &mut Batch) -> Alive {
         let mut header = [0; HEADER_LEN];
@@ -147,7 +171,7 @@ impl Tun {
     }
 }
 
-impl AsFd for Tun {
+impl AsFd for Queue {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -174,11 +198,10 @@ fn open() -> Result<File, TunnelError> {
     })
 }
 
-/// Makes the device of a fresh `/dev/net/tun`. Returns the name it got.
-fn attach(file: &File, name: &str) -> io::Result<String> {
+/// Makes the device of a fresh `/dev/net/tun`, or a queue of it. Returns the name it got.
+fn attach(file: &File, name: &str, flags: libc::c_int) -> io::Result<String> {
     let mut request = link::request(name)?;
-    // Exclusive: never attach to a device that somebody else made.
-    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL;
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | flags;
     // The flag word is unsigned in the kernel; EXCL is its highest bit.
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes an ifreq, which outlives the call.

@@ -24,7 +24,8 @@ use crate::device::{Device, PeerId};
 use crate::endpoint::Endpoint;
 use message::send_message;
 pub(crate) use receive::Receiver;
-use socket::Pair;
+pub(crate) use socket::How;
+use socket::{Pair, Role};
 
 /// At most this many datagrams in one send (the kernel's limit until 6.8).
 const SEGMENTS: usize = 64;
@@ -35,7 +36,10 @@ const SLOW_FOR: Duration = Duration::from_secs(10);
 
 /// The sockets. A family that the host does not have is absent.
 pub(crate) struct Sockets {
-    main: Pair,
+    /// One for each worker, or one for all.
+    mains: Vec<Pair>,
+    port: u16,
+    merges: bool,
     fwmark: AtomicU32,
     /// Whether runs of datagrams leave in one send.
     segments: AtomicBool,
@@ -57,57 +61,62 @@ struct Slow {
 }
 
 impl Sockets {
-    /// Binds both families to `port`, or to one random port if it is 0.
+    /// Binds both families to `port`, or to one random port if it is 0, for so many workers.
+    /// `segments` allows runs of datagrams in one send (`UDP_SEGMENT`, udp(7)).
     ///
     /// # Errors
     /// That of the bind, EADDRINUSE above all.
-    pub(crate) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
-        let main = Pair::bind(port, fwmark)?;
-        let shared = main.share(fwmark);
-        if let Err(error) = &shared {
-            tracing::info!(%error, "slow peers get no sockets of their own");
+    pub(crate) fn bind(port: u16, how: How, workers: usize, segments: bool) -> io::Result<Self> {
+        let first = Pair::bind(port, how)?;
+        let others = first.share(workers, how);
+        if let Err(error) = &others {
+            tracing::info!(%error, "workers and slow peers get no sockets of their own");
         }
+        let is_shared = others.is_ok();
+        let (port, segments) = (first.port(), segments && first.sends_segments());
         Ok(Self {
-            segments: AtomicBool::new(main.sends_segments()),
-            main,
-            fwmark: AtomicU32::new(fwmark),
-            is_shared: shared.is_ok(),
+            mains: std::iter::once(first).chain(others.unwrap_or_default()).collect(),
+            port,
+            merges: how.merges,
+            fwmark: AtomicU32::new(how.fwmark),
+            segments: AtomicBool::new(segments),
+            is_shared,
             lanes: Default::default(),
             slow: Slow::default(),
         })
     }
 
     pub(crate) fn port(&self) -> u16 {
-        self.main.port()
+        self.port
     }
 
     /// Marks outgoing datagrams, 0 for none.
     pub(crate) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
         self.fwmark.store(fwmark, Ordering::Relaxed);
-        self.main.set_fwmark(fwmark)?;
-        let mut lanes = self.lanes.iter().filter_map(OnceLock::get).flatten();
-        lanes.try_for_each(|lane| lane.set_fwmark(fwmark))
+        let lanes = self.lanes.iter().filter_map(OnceLock::get).flatten();
+        self.mains.iter().chain(lanes).try_for_each(|pair| pair.set_fwmark(fwmark))
     }
 
-    /// What to poll.
-    pub(crate) fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.main.each().map(|socket| socket.as_fd())
+    /// What the worker of this number receives from.
+    pub(crate) fn descriptors(&self, worker: usize) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.mains.get(worker).into_iter().flat_map(Pair::each).map(|socket| socket.as_fd())
     }
 
     /// Sends what is in the outbox, and never waits: a datagram that cannot be sent now is
     /// dropped, as the network would drop it.
-    pub(crate) fn send(&self, outbox: &Outbox, device: &Device) {
+    pub(crate) fn send(&self, worker: usize, outbox: &Outbox, device: &Device) {
+        let Some(main) = self.mains.get(worker).or(self.mains.first()) else { return };
         let limit = if self.segments.load(Ordering::Relaxed) { SEGMENTS } else { 1 };
         for run in outbox.runs(limit) {
             if !run.is_one() {
-                match self.send_by_lane(run.to, run.bytes, run.segment) {
+                match self.send_by_lane(main, run.to, run.bytes, run.segment) {
                     Ok(()) => continue,
                     Err(error) if is_full(&error) => continue,
                     Err(error) => self.run_failed(&error),
                 }
             }
             for datagram in run.datagrams() {
-                self.send_one(datagram, run.to, device);
+                self.send_one(main, datagram, run.to, device);
             }
         }
     }
@@ -120,24 +129,30 @@ impl Sockets {
         }
     }
 
-    fn send_one(&self, bytes: &[u8], to: &Destination, device: &Device) {
-        let Err(error) = self.send_by_lane(to, bytes, bytes.len()) else { return };
+    fn send_one(&self, main: &Pair, bytes: &[u8], to: &Destination, device: &Device) {
+        let Err(error) = self.send_by_lane(main, to, bytes, bytes.len()) else { return };
         if let (Some(source), true) = (to.endpoint.source, is_lost_source(&error)) {
             if let Some(peer) = to.peer {
                 device.forget_source(peer, source);
             }
             let to = Destination { endpoint: Endpoint { source: None, ..to.endpoint }, ..*to };
-            if self.send_by_lane(&to, bytes, bytes.len()).is_ok() {
+            if self.send_by_lane(main, &to, bytes, bytes.len()).is_ok() {
                 return;
             }
         }
         tracing::debug!(to = %to.endpoint.address, %error, "datagram not sent");
     }
 
-    /// Sends by the main sockets, or by a lane, if there was no room for the peer of late.
-    fn send_by_lane(&self, to: &Destination, bytes: &[u8], segment: usize) -> io::Result<()> {
+    /// Sends by a worker's sockets, or by a lane, if there was no room for the peer of late.
+    fn send_by_lane(
+        &self,
+        main: &Pair,
+        to: &Destination,
+        bytes: &[u8],
+        segment: usize,
+    ) -> io::Result<()> {
         if !to.peer.is_some_and(|peer| self.slow.has(peer)) {
-            match send_to(&self.main, to, bytes, segment) {
+            match send_to(main, to, bytes, segment) {
                 Err(error) if is_full(&error) => to.peer.map(|peer| self.slow.insert(peer)),
                 result => return result,
             };
@@ -157,8 +172,8 @@ impl Sockets {
             return None;
         }
         let lane = self.lanes.get((peer.index() % LANES) as usize)?;
-        let fwmark = self.fwmark.load(Ordering::Relaxed);
-        lane.get_or_init(|| Pair::beside(self.port(), fwmark).ok()).as_ref()
+        let how = How { fwmark: self.fwmark.load(Ordering::Relaxed), merges: self.merges };
+        lane.get_or_init(|| Pair::beside(self.port, how, Role::Slow).ok()).as_ref()
     }
 }
 
@@ -216,9 +231,9 @@ mod tests {
     use crate::endpoint::Source;
 
     fn exchange(segment: usize, lengths: &[usize]) {
-        let receiver = Sockets::bind(0, 0).unwrap();
-        let sender = Sockets::bind(0, 0).unwrap();
-        sender.segments.fetch_and(segment > 1, Ordering::Relaxed);
+        let how = How { fwmark: 0, merges: segment > 1 };
+        let bind = || Sockets::bind(0, how, 1, segment > 1).unwrap();
+        let (receiver, sender) = (bind(), bind());
         let source = Source::new([127, 0, 0, 5].into(), 0);
         let address = SocketAddr::from(([127, 0, 0, 7], receiver.port()));
         let mut outbox = Outbox::new();
@@ -227,11 +242,11 @@ mod tests {
             let to = Endpoint { address, source: Some(source) };
             outbox.commit(*len, Destination { endpoint: to, peer: None, tos: 0x02 });
         }
-        sender.send(&outbox, &Device::new(1420));
+        sender.send(0, &outbox, &Device::new(1420));
         let mut buffers = Receiver::new();
         let mut got = Vec::new();
         while got.len() < lengths.len() {
-            let socket = receiver.descriptors().next().unwrap();
+            let socket = receiver.descriptors(0).next().unwrap();
             crate::worker::wait(&[socket]).unwrap();
             buffers.receive(socket).unwrap();
             got.extend(buffers.datagrams().map(|datagram| {

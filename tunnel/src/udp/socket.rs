@@ -15,6 +15,26 @@ const SLOW_BUFFER: libc::c_int = 1 << 20;
 /// Attempts to find a random port that is free in both families.
 const PORT_ATTEMPTS: u32 = 64;
 
+/// What a pair of sockets is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// It takes the port.
+    First,
+    /// It receives beside the first.
+    Further,
+    /// It only sends, to slow peers.
+    Slow,
+}
+
+/// How sockets are made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct How {
+    /// Mark of outgoing datagrams, 0 for none.
+    pub(crate) fwmark: u32,
+    /// Whether the kernel may merge what is received (`UDP_GRO`, udp(7)).
+    pub(crate) merges: bool,
+}
+
 /// A socket for each family of the host, on one port.
 pub(super) struct Pair {
     v4: Option<Socket>,
@@ -27,11 +47,11 @@ impl Pair {
     ///
     /// # Errors
     /// That of the bind, EADDRINUSE above all.
-    pub(super) fn bind(port: u16, fwmark: u32) -> io::Result<Self> {
+    pub(super) fn bind(port: u16, how: How) -> io::Result<Self> {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            match Self::try_bind(port, fwmark, false) {
+            match Self::try_bind(port, how, Role::First) {
                 Err(error) if port == 0 && attempts < PORT_ATTEMPTS && is_in_use(&error) => {}
                 result => return result,
             }
@@ -39,14 +59,14 @@ impl Pair {
     }
 
     /// Another pair on the port of one that shares it.
-    pub(super) fn beside(port: u16, fwmark: u32) -> io::Result<Self> {
-        Self::try_bind(port, fwmark, true)
+    pub(super) fn beside(port: u16, how: How, role: Role) -> io::Result<Self> {
+        Self::try_bind(port, how, role)
     }
 
-    fn try_bind(port: u16, fwmark: u32, shared: bool) -> io::Result<Self> {
-        let v4 = socket((Ipv4Addr::UNSPECIFIED, port).into(), fwmark, shared)?;
+    fn try_bind(port: u16, how: How, role: Role) -> io::Result<Self> {
+        let v4 = socket((Ipv4Addr::UNSPECIFIED, port).into(), how, role)?;
         let port = bound_port(v4.as_ref()).unwrap_or(port);
-        let v6 = socket((Ipv6Addr::UNSPECIFIED, port).into(), fwmark, shared)?;
+        let v6 = socket((Ipv6Addr::UNSPECIFIED, port).into(), how, role)?;
         let port = bound_port(v6.as_ref()).unwrap_or(port);
         if v4.is_none() && v6.is_none() {
             return Err(Errno::EAFNOSUPPORT.into());
@@ -58,17 +78,23 @@ impl Pair {
         self.port
     }
 
-    /// Lets others be bound beside this pair, which goes on receiving everything.
+    /// Lets others be bound beside this pair, and returns those that receive with it: what a
+    /// peer sends goes to one of `count` in all, always to the same while its address stays.
     ///
     /// The port is shared only after it was bound, so that one that is taken is noticed. The
-    /// sockets of a port are one group as soon as there are two, and a group has a program that
-    /// says which one receives (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)): the first.
-    pub(super) fn share(&self, fwmark: u32) -> io::Result<()> {
+    /// sockets of a port are one group as soon as there are two, in the order that they were
+    /// bound, and a group has a program that says which one receives
+    /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)).
+    pub(super) fn share(&self, count: usize, how: How) -> io::Result<Vec<Self>> {
         self.each().try_for_each(|socket| socket.set_reuse_port(true))?;
-        let second = Self::beside(self.port, fwmark)?;
-        self.each().try_for_each(receive_all)?;
+        let beside = |role| Self::beside(self.port, how, role);
+        let others = (1..count).map(|_| beside(Role::Further)).collect::<io::Result<Vec<_>>>()?;
+        let second = others.is_empty().then(|| beside(Role::Slow)).transpose()?;
+        for (socket, sender) in [(&self.v4, SENDER_V4), (&self.v6, SENDER_V6)] {
+            socket.iter().try_for_each(|socket| choose_by(socket, sender, count))?;
+        }
         drop(second);
-        Ok(())
+        Ok(others)
     }
 
     pub(super) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {
@@ -93,7 +119,7 @@ impl Pair {
 }
 
 /// A socket for this address' family, or `None` if the host does not have the family.
-fn socket(address: SocketAddr, fwmark: u32, shared: bool) -> io::Result<Option<Socket>> {
+fn socket(address: SocketAddr, how: How, role: Role) -> io::Result<Option<Socket>> {
     let domain = Domain::for_address(address);
     let socket = match Socket::new(domain, Type::DGRAM, Some(Protocol::UDP)) {
         Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
@@ -107,7 +133,7 @@ fn socket(address: SocketAddr, fwmark: u32, shared: bool) -> io::Result<Option<S
         set_flag(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?;
         set_flag(&socket, libc::IPPROTO_IP, libc::IP_RECVTOS)?;
     }
-    if kernel_version() >= (5, 12, 0) {
+    if how.merges && kernel_version() >= (5, 12, 0) {
         // Without it, datagrams come one by one.
         let _ = set_flag(&socket, libc::SOL_UDP, libc::UDP_GRO);
     }
@@ -115,15 +141,15 @@ fn socket(address: SocketAddr, fwmark: u32, shared: bool) -> io::Result<Option<S
     for (force, plain) in
         [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
     {
-        let size = if shared { SLOW_BUFFER } else { BUFFER };
+        let size = if role == Role::Slow { SLOW_BUFFER } else { BUFFER };
         if set_option(&socket, libc::SOL_SOCKET, force, size).is_err() {
             let _ = set_option(&socket, libc::SOL_SOCKET, plain, size);
         }
     }
-    if fwmark != 0 {
-        socket.set_mark(fwmark)?;
+    if how.fwmark != 0 {
+        socket.set_mark(how.fwmark)?;
     }
-    socket.set_reuse_port(shared)?;
+    socket.set_reuse_port(role != Role::First)?;
     match socket.bind(&address.into()) {
         // IPv6 is compiled in but switched off.
         Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => Ok(None),
@@ -131,12 +157,28 @@ fn socket(address: SocketAddr, fwmark: u32, shared: bool) -> io::Result<Option<S
     }
 }
 
-/// Makes the first socket of a group receive what comes for any of it.
-fn receive_all(socket: &Socket) -> io::Result<()> {
-    // BPF_RET | BPF_K: the index of the socket, 0.
-    let mut filter = libc::sock_filter { code: 0x06, jt: 0, jf: 0, k: 0 };
-    let program = libc::sock_fprog { len: 1, filter: &raw mut filter };
-    // SAFETY: the program and its one instruction outlive the call, which copies them.
+/// Where a program finds the end of the sender's address and the sender's port: in the network
+/// header and, if that has no options, right behind it.
+type Sender = [libc::c_int; 2];
+const SENDER_V4: Sender = [libc::SKF_NET_OFF + 12, libc::SKF_NET_OFF + 20];
+const SENDER_V6: Sender = [libc::SKF_NET_OFF + 20, libc::SKF_NET_OFF + 40];
+
+/// Makes one of the first `count` sockets of a group receive what comes for any of it, by the
+/// sender.
+fn choose_by(socket: &Socket, sender: Sender, count: usize) -> io::Result<()> {
+    let step = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let [address, port] = sender.map(|at| at as u32);
+    let count = u32::try_from(count).map_err(|_| Errno::EINVAL)?.max(1);
+    let mut steps = [
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, address),
+        step(libc::BPF_MISC | libc::BPF_TAX, 0),
+        step(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, port),
+        step(libc::BPF_ALU | libc::BPF_ADD | libc::BPF_X, 0),
+        step(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, count),
+        step(libc::BPF_RET | libc::BPF_A, 0),
+    ];
+    let program = libc::sock_fprog { len: steps.len() as u16, filter: steps.as_mut_ptr() };
+    // SAFETY: the program and its instructions outlive the call, which copies them.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
@@ -219,10 +261,13 @@ mod tests {
 
     #[test]
     fn a_port_that_is_shared_is_taken_all_the_same() {
-        let pair = Pair::bind(0, 0).unwrap();
-        pair.share(0).unwrap();
-        let error = Pair::bind(pair.port(), 0).err().unwrap();
-        assert!(is_in_use(&error), "{error}");
-        assert!(Pair::beside(pair.port(), 0).is_ok());
+        let how = How { fwmark: 0, merges: true };
+        for count in [1, 4] {
+            let pair = Pair::bind(0, how).unwrap();
+            assert_eq!(pair.share(count, how).unwrap().len(), count - 1);
+            let error = Pair::bind(pair.port(), how).err().unwrap();
+            assert!(is_in_use(&error), "{error}");
+            assert!(Pair::beside(pair.port(), how, Role::Slow).is_ok());
+        }
     }
 }
