@@ -9,6 +9,7 @@ use std::process::Command;
 use gambeson_mesh::desired::Implementation;
 
 use crate::apply::wireguard;
+use crate::tunnel::datapath;
 
 #[test]
 fn a_wireguard_link_can_be_made_and_configured() {
@@ -19,6 +20,11 @@ fn a_wireguard_link_can_be_made_and_configured() {
         output.status.success(),
         "no kernel WireGuard here: run this test with tests/vm/run. {output:?}"
     );
+}
+
+#[test]
+fn every_fallback_of_the_userspace_tunnel_speaks_with_the_kernel() {
+    datapath::every_fallback_speaks_with_the_kernel();
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! and `iperf3` on throw-away hosts.
 
 mod configuration;
+pub(crate) mod datapath;
 mod host;
 mod lifecycle;
 mod traffic;

@@ -47,6 +47,7 @@ if is_for image; then
 fi
 if [ "$purpose" = test ]; then
     by_command qemu-system-x86_64 qemu-system-x86
+    by_command wireguard-go wireguard-go
     by_command iptables-nft iptables
     by_command depmod kmod
     by_command runc runc

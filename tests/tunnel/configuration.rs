@@ -1,6 +1,6 @@
 use std::fmt::Write as _;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::host::{GAMBESON, Host, Pair, Pings, wait_for, wired};
 
@@ -172,6 +172,56 @@ fn two_thousand_peers_are_set_and_shown() {
     }
     a.sh("echo '[Interface]' > /run/empty && wg syncconf wg0 /run/empty");
     assert_eq!(a.sh("wg show wg0 dump").lines().count(), 1);
+}
+
+#[test]
+fn ten_thousand_peers_are_set_at_once_in_little_time_and_memory() {
+    let (a, _b) = wired();
+    a.tunnel("wg0");
+    let mut conf = String::from("[Interface]\nListenPort = 5001\n");
+    for n in 0..10_000u32 {
+        let mut key = [7; 32];
+        key[..4].copy_from_slice(&n.to_be_bytes());
+        let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
+        writeln!(conf, "[Peer]\nPublicKey = {key}\nEndpoint = 192.0.2.2:{}", n + 1).unwrap();
+        writeln!(conf, "AllowedIPs = 10.{}.{}.0/24", n / 256, n % 256).unwrap();
+    }
+    a.sh("wg genkey > /run/key && ip link set wg0 up");
+    conf.insert_str(
+        conf.find("[Peer]").unwrap(),
+        &format!("PrivateKey = {}\n", a.sh("cat /run/key")),
+    );
+    a.sh_with("cat > /run/conf", &conf);
+    let start = Instant::now();
+    a.sh("wg setconf wg0 /run/conf");
+    let taken = start.elapsed();
+    assert!(taken < Duration::from_secs(2), "{taken:?}");
+    assert_eq!(a.sh("wg show wg0 dump").lines().count(), 10_001);
+    let pid = a.tunnel_pid("wg0");
+    let most = a.sh(&format!("awk '/^VmHWM/ {{ print $2 }}' /proc/{pid}/status"));
+    assert!(most.parse::<u32>().unwrap() < 100 << 10, "{most} KiB");
+    let ticks = || -> u64 {
+        a.sh(&format!("awk '{{ print $14 + $15 }}' /proc/{pid}/stat")).parse().unwrap()
+    };
+    // They have nothing to say: each 1,000 cost less than 0.5 % of a processor.
+    let before = ticks();
+    sleep(Duration::from_secs(4));
+    let percent = (ticks() - before) as f64 / 4.0;
+    assert!(percent < 5.0, "{percent} %");
+}
+
+#[test]
+fn a_peer_may_have_131_000_prefixes() {
+    let pair = Pair::over_ipv4();
+    let mut conf = format!("[Peer]\nPublicKey = {}\nAllowedIPs = 10.9.0.2/32", pair.key_b);
+    for n in 0..131_000u32 {
+        let separator = if n % 1000 == 0 { "\nAllowedIPs = " } else { "," };
+        write!(conf, "{separator}11.{}.{}.{}/32", n >> 16, n >> 8 & 0xff, n & 0xff).unwrap();
+    }
+    pair.a.sh_with("cat > /run/conf", &format!("{conf}\n"));
+    pair.loses_nothing_while(|| drop(pair.a.sh("wg addconf wg0 /run/conf")));
+    assert_eq!(pair.a.sh("wg show wg0 allowed-ips | wc -w"), "131002");
+    pair.a.wait_for_ping("10.9.0.2");
 }
 
 #[test]

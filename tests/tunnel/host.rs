@@ -198,6 +198,25 @@ pub(super) fn wired() -> (Host, Host) {
     (a, b)
 }
 
+/// What makes a `wg0`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Maker {
+    /// Gambeson, with these options.
+    Gambeson(&'static str),
+    WireguardGo,
+    Kernel,
+}
+
+impl Maker {
+    fn make(self, host: &Host) {
+        match self {
+            Self::Gambeson(options) => host.tunnel(&format!("{options} wg0")),
+            Self::WireguardGo => drop(host.sh("wireguard-go wg0 2> /dev/null")),
+            Self::Kernel => drop(host.sh("ip link add wg0 type wireguard")),
+        }
+    }
+}
+
 /// Two hosts with a tunnel `wg0` each, ports 5001 and 5002, inside addresses 10.9.0.1 and .2,
 /// fd00:9::1 and ::2, over the underlay `192.0.2.` or `2001:db8::`.
 pub(super) struct Pair {
@@ -213,11 +232,15 @@ impl Pair {
     }
 
     pub(super) fn over(underlay_a: &str, underlay_b: &str) -> Self {
-        Self::with_options([underlay_a, underlay_b], ["", ""])
+        Self::set_up([underlay_a, underlay_b], [Maker::Gambeson(""); 2])
     }
 
-    /// Whose tunnels are started with these options.
-    pub(super) fn with_options([underlay_a, underlay_b]: [&str; 2], options: [&str; 2]) -> Self {
+    /// Whose tunnels are made by these.
+    pub(super) fn of(makers: [Maker; 2]) -> Self {
+        Self::set_up(["192.0.2.1", "192.0.2.2"], makers)
+    }
+
+    fn set_up([underlay_a, underlay_b]: [&str; 2], makers: [Maker; 2]) -> Self {
         let (a, b) = wired();
         let (key_a, public_a) = keys(&a);
         let (key_b, public_b) = keys(&b);
@@ -225,7 +248,7 @@ impl Pair {
             [(&a, 1, &key_a, &public_b, underlay_b), (&b, 2, &key_b, &public_a, underlay_a)]
         {
             let other = 3 - n;
-            host.tunnel(&format!("{} wg0", options[n - 1]));
+            makers[n - 1].make(host);
             host.sh_with(
                 &format!(
                     "wg set wg0 listen-port 500{n} private-key /dev/stdin peer {peer} \

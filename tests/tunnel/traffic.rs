@@ -83,33 +83,6 @@ fn tcp_and_large_packets_pass_whole() {
     assert!(rate > 20e6, "{rate} bit/s");
 }
 
-#[test]
-fn what_is_sent_arrives_with_super_packets_and_without() {
-    let plain = "--no-tun-offload";
-    for options in [["", ""], [plain, ""], [plain, plain]] {
-        let pair = Pair::with_options(["192.0.2.1", "192.0.2.2"], options);
-        pair.a.wait_for_ping("10.9.0.2");
-        for (host, option) in [(&pair.a, options[0]), (&pair.b, options[1])] {
-            let on = if option.is_empty() { "on" } else { "off" };
-            let features = host.sh("ethtool -k wg0");
-            for feature in ["tcp-segmentation-offload", "tx-checksumming"] {
-                assert!(features.contains(&format!("{feature}: {on}")), "{features}");
-            }
-        }
-        pair.a.sh("head -c 20000000 /dev/urandom > /run/sent");
-        for (family, address) in [("4", "10.9.0.2"), ("6", "[fd00:9::2]")] {
-            let receive = format!("socat -u TCP{family}-LISTEN:9000 - | sha256sum");
-            let mut receiver = pair.b.command("bash");
-            let receiver = receiver.args(["-c", &receive]).stdout(std::process::Stdio::piped());
-            let receiver = receiver.spawn().unwrap();
-            wait_for("the receiver", || !pair.b.sh("ss -Htln sport = 9000").is_empty());
-            pair.a.sh(&format!("socat -u FILE:/run/sent TCP{family}:{address}:9000"));
-            let received = String::from_utf8(receiver.wait_with_output().unwrap().stdout).unwrap();
-            assert_eq!(received.trim(), pair.a.sh("sha256sum < /run/sent"), "{options:?}");
-        }
-    }
-}
-
 /// Bits per second that two TCP streams from `a` to `b` carry.
 fn tcp_rate(pair: &Pair, seconds: u32) -> f64 {
     let mut server = pair.b.command("iperf3");
@@ -151,6 +124,20 @@ fn a_peer_that_moves_is_followed() {
     pair.b.wait_for_ping("10.9.0.1");
     assert_eq!(pair.a.sh("wg show wg0 endpoints | cut -f2"), "192.0.2.77:6002");
     pair.a.wait_for_ping("10.9.0.2");
+}
+
+#[test]
+fn a_peer_may_change_between_ipv4_and_ipv6() {
+    let pair = Pair::over_ipv4();
+    pair.loses_nothing_while(|| {
+        for endpoint in ["[2001:db8::2]:5002", "192.0.2.2:5002", "[2001:db8::2]:5002"] {
+            pair.a.sh(&format!("wg set wg0 peer {} endpoint {endpoint}", pair.key_b));
+            let theirs = if endpoint.starts_with('[') { "[2001:db8::1]" } else { "192.0.2.1" };
+            wait_for("the other end to follow", || {
+                pair.b.sh("wg show wg0 endpoints").ends_with(&format!("{theirs}:5001"))
+            });
+        }
+    });
 }
 
 #[test]

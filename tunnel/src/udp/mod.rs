@@ -261,6 +261,44 @@ mod tests {
     }
 
     #[test]
+    fn what_a_peer_sends_goes_to_one_worker_and_peers_are_spread() {
+        const WORKERS: usize = 4;
+        let how = How { fwmark: 0, merges: true };
+        let bind = |workers| Sockets::bind(0, how, workers, true).unwrap();
+        for (ours, family) in [("127.0.0.7", 0), ("::1", 1)] {
+            let receiver = bind(WORKERS);
+            let address = SocketAddr::new(ours.parse().unwrap(), receiver.port());
+            let senders: Vec<_> = (0..32).map(|_| bind(1)).collect();
+            for sender in senders.iter().flat_map(|sender| [sender; 3]) {
+                let mut outbox = Outbox::new();
+                outbox.space(100).fill(1);
+                let endpoint = Endpoint::new(address);
+                outbox.commit(100, Destination { endpoint, peer: None, tos: 0 });
+                sender.send(0, &outbox, &Device::new(1420));
+            }
+            let mut buffers = Receiver::new();
+            let mut workers = HashMap::<u16, Vec<usize>>::new();
+            for worker in 0..WORKERS {
+                let socket = receiver.descriptors(worker).nth(family).unwrap();
+                for _ in 0..32 {
+                    buffers.receive(socket).unwrap();
+                    for datagram in buffers.datagrams() {
+                        workers.entry(datagram.from.port()).or_default().push(worker);
+                    }
+                }
+            }
+            assert_eq!(workers.len(), senders.len());
+            assert!(
+                workers
+                    .values()
+                    .all(|seen| seen.len() == 3 && seen.windows(2).all(|w| w[0] == w[1]))
+            );
+            let used: std::collections::HashSet<_> = workers.values().map(|seen| seen[0]).collect();
+            assert_eq!(used.len(), WORKERS);
+        }
+    }
+
+    #[test]
     fn datagrams_arrive_as_they_were_sent_in_runs_or_one_by_one() {
         for segment in [1, SEGMENTS] {
             exchange(segment, &[100]);
