@@ -5,7 +5,7 @@ SHELL := /bin/bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test unit check soak bench vm image manifests
+.PHONY: help setup lab test unit check soak bench stages fuzz vm image manifests
 
 help:   ## This list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,6 +25,8 @@ test: setup check image   ## Everything that CI runs
 check:  ## Formatting, lints, documentation, licences
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo clippy --locked --package gambeson-tunnel --features internals --all-targets -- -D warnings
+	cargo clippy --locked --manifest-path tunnel/fuzz/Cargo.toml --target-dir $(TARGET) -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --lib
 	cargo deny --locked check bans licenses sources
 
@@ -52,6 +54,12 @@ bench:  ## The tunnel's speed, and under attack, beside others: make bench ROUND
 			--peers $(TARGET)/bench --rounds $(or $(ROUNDS),3) \
 			--chart $(TARGET)/bench/performance.svg || exit; \
 	done
+
+stages: ## What each stage of the tunnel's data path does on one core, bytes/s
+	cargo bench --locked --package gambeson-tunnel --features internals --bench stages
+
+fuzz:   ## Fuzz datagrams, super-packets and the configuration socket: make fuzz EACH=600
+	@deploy/fuzz/run $(TARGET)/fuzz $(or $(EACH),600)
 
 vm:     ## The tests with the kernel's WireGuard, in a virtual machine
 	@deploy/setup/debian.sh

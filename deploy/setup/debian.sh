@@ -48,6 +48,7 @@ fi
 if [ "$purpose" = test ]; then
     by_command qemu-system-x86_64 qemu-system-x86
     by_command wireguard-go wireguard-go
+    by_command g++ g++
     by_command iptables-nft iptables
     by_command depmod kmod
     by_command runc runc

@@ -15,6 +15,8 @@ mod device;
 mod endpoint;
 mod error;
 mod handshakes;
+#[cfg(feature = "internals")]
+pub mod internals;
 mod ip;
 mod netlink;
 mod noise;

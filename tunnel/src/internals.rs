@@ -1,0 +1,121 @@
+//! What benchmarks and fuzz targets need of the inside (feature `internals`). No promise is made
+//! about it.
+
+use std::io::{self, Read, Write};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nix::errno::Errno;
+
+use crate::allowed_ips::AllowedIps;
+use crate::batch::Outbox;
+use crate::device::{Device, DeviceUpdate};
+use crate::offload::{Coalescer, Header, Offload, Split};
+use crate::uapi::{self, Configurable};
+
+/// Of the header that comes before each packet of a TUN device (`struct virtio_net_hdr`), bytes.
+pub const HEADER_LEN: usize = crate::offload::HEADER_LEN;
+
+/// Cuts a packet as its header says, into `out`, back to back. Returns the packets' lengths, or
+/// `None` if header and packet do not agree, or `out` is too short.
+pub fn split(header: &[u8; HEADER_LEN], packet: &[u8], out: &mut [u8]) -> Option<Vec<usize>> {
+    let split = Split::of(&Header::read(header)?, packet)?;
+    let mut lengths = Vec::with_capacity(split.count());
+    let mut used = 0;
+    for number in 0..split.count() {
+        let len = split.len(number);
+        split.write(number, out.get_mut(used..used + len)?);
+        lengths.push(len);
+        used += len;
+    }
+    Some(lengths)
+}
+
+/// Merges neighbours of a flow, as they are written to a TUN device.
+#[derive(Debug, Default)]
+pub struct Merger(Coalescer);
+
+/// A packet for a TUN device, with its header, and how many packets it is made of.
+#[derive(Debug)]
+pub struct Merged {
+    /// The header.
+    pub header: [u8; HEADER_LEN],
+    /// The packet.
+    pub bytes: Vec<u8>,
+    /// How many packets it was.
+    pub count: usize,
+}
+
+impl Merger {
+    /// How many packets are left of these, after grouping alone.
+    pub fn group(&mut self, packets: &[&[u8]]) -> usize {
+        self.0.group(packets, Offload::TcpAndUdp);
+        self.0.groups().len()
+    }
+
+    /// Merges packets.
+    pub fn merge(&mut self, packets: &[&[u8]]) -> Vec<Merged> {
+        self.0.group(packets, Offload::TcpAndUdp);
+        let groups = self.0.groups().iter().map(|group| {
+            let members: Vec<_> = self.0.members(group).filter_map(|n| packets.get(n)).collect();
+            let count = members.len();
+            match group.merged(packets) {
+                Some(merged) => {
+                    let payloads = members.iter().filter_map(|packet| merged.payload(packet));
+                    let bytes = std::iter::once(merged.bytes()).chain(payloads).flatten();
+                    Merged { header: merged.header.write(), bytes: bytes.copied().collect(), count }
+                }
+                None => {
+                    let bytes = members.iter().flat_map(|packet| packet.iter()).copied().collect();
+                    Merged { header: Header::default().write(), bytes, count }
+                }
+            }
+        });
+        groups.collect()
+    }
+}
+
+/// The table of allowed IPs.
+#[derive(Debug)]
+pub struct Routes(AllowedIps<u32>);
+
+impl Routes {
+    /// Of prefixes and their owners.
+    pub fn new(prefixes: impl IntoIterator<Item = (IpNet, u32)>) -> Self {
+        Self(AllowedIps::new(prefixes))
+    }
+
+    /// The owner of the longest prefix around an address.
+    pub fn lookup(&self, address: IpAddr) -> Option<u32> {
+        self.0.lookup(address)
+    }
+}
+
+/// Serves the configuration protocol for a device without sockets.
+///
+/// # Errors
+/// Of the stream.
+pub fn configure(device: &Device, stream: impl Read + Write) -> io::Result<()> {
+    uapi::serve(stream, &Bare(device))
+}
+
+struct Bare<'d>(&'d Device);
+
+impl Configurable for Bare<'_> {
+    fn device(&self) -> &Device {
+        self.0
+    }
+
+    fn listen_port(&self) -> u16 {
+        0
+    }
+
+    fn fwmark(&self) -> u32 {
+        0
+    }
+
+    fn set(&self, update: &DeviceUpdate) -> Result<(), Errno> {
+        self.0.apply(update, &mut Outbox::new());
+        Ok(())
+    }
+}
