@@ -17,7 +17,7 @@ use crate::ip::{Family, half};
 /// Bytes of a super-packet, as in an IP header.
 const MAX_BYTES: usize = 65_535;
 /// Packets of a super-packet: more UDP ones the kernel did not cut until 6.9.
-const MAX_PACKETS: usize = 64;
+pub(crate) const MAX_PACKETS: usize = 64;
 /// How many flows are looked through for a packet's.
 const FLOWS: usize = 32;
 /// More than any headers of a super-packet, bytes.

@@ -12,7 +12,7 @@ mod split;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use coalesce::{Coalescer, Merged};
+pub(crate) use coalesce::{Coalescer, MAX_PACKETS, Merged};
 pub(crate) use header::{HEADER_LEN, Header};
 pub(crate) use split::Split;
 

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use crate::batch::{Batch, MAX_PACKET};
 use crate::error::TunnelError;
-use crate::offload::{Coalescer, HEADER_LEN, Header, Merged, Offload};
+use crate::offload::{Coalescer, HEADER_LEN, Header, MAX_PACKETS, Merged, Offload};
 pub(crate) use link::Link;
 
 /// Stop reading at this many packets or bytes, so that a batch stays in the cache and
@@ -148,9 +148,15 @@ impl Queue {
     /// Writes packets as one. `false` if they are to be written one by one.
     fn write_merged<'p>(&self, merged: &Merged, members: impl Iterator<Item = &'p [u8]>) -> bool {
         let header = merged.header.write();
-        let mut parts = vec![IoSlice::new(&header), IoSlice::new(merged.bytes())];
-        parts.extend(members.filter_map(|packet| merged.payload(packet)).map(IoSlice::new));
-        match self.write_parts(&parts) {
+        let mut parts = [IoSlice::new(&[]); MAX_PACKETS + 2];
+        let payloads = members.filter_map(|packet| merged.payload(packet));
+        let all = [&header, merged.bytes()].into_iter().chain(payloads);
+        let mut count = 0;
+        for (part, bytes) in parts.iter_mut().zip(all) {
+            *part = IoSlice::new(bytes);
+            count += 1;
+        }
+        match self.write_parts(&parts[..count]) {
             // Some kernels refuse what they have agreed to.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 if self.merges.swap(false, Ordering::Relaxed) {
