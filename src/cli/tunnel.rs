@@ -87,6 +87,10 @@ struct Datapath {
     /// Receive datagrams as they come, not merged by the kernel.
     #[arg(long)]
     no_udp_gro: bool,
+
+    /// Seal and open all messages with ring, long ones too.
+    #[arg(long)]
+    no_avx512: bool,
 }
 
 impl Datapath {
@@ -97,6 +101,7 @@ impl Datapath {
             tun_offload: !self.no_tun_offload,
             udp_gso: !self.no_udp_gso,
             udp_gro: !self.no_udp_gro,
+            avx512: !self.no_avx512,
         }
     }
 
@@ -106,6 +111,7 @@ impl Datapath {
             (self.no_tun_offload, "--no-tun-offload"),
             (self.no_udp_gso, "--no-udp-gso"),
             (self.no_udp_gro, "--no-udp-gro"),
+            (self.no_avx512, "--no-avx512"),
         ];
         let queues = self.queues.map(|queues| format!("--queues={queues}"));
         let given = flags.into_iter().filter(|(is_given, _)| *is_given);

@@ -203,11 +203,13 @@ fn ten_thousand_peers_are_set_at_once_in_little_time_and_memory() {
     let ticks = || -> u64 {
         a.sh(&format!("awk '{{ print $14 + $15 }}' /proc/{pid}/stat")).parse().unwrap()
     };
-    // They have nothing to say: each 1,000 cost less than 0.5 % of a processor.
+    // They have nothing to say: each 1,000 cost less than 0.5 % of a processor, without
+    // optimisation less than 1 %.
+    let limit = if cfg!(debug_assertions) { 10.0 } else { 5.0 };
     let before = ticks();
     sleep(Duration::from_secs(4));
     let percent = (ticks() - before) as f64 / 4.0;
-    assert!(percent < 5.0, "{percent} %");
+    assert!(percent < limit, "{percent} %");
 }
 
 #[test]

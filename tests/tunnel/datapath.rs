@@ -10,9 +10,10 @@ const NO_UDP_GSO: &str = "--no-udp-gso";
 const NO_UDP_GRO: &str = "--no-udp-gro";
 const ONE_QUEUE: &str = "--queues=1";
 const FOUR_QUEUES: &str = "--queues=4";
-const NOTHING: &str = "--no-tun-offload --no-udp-gso --no-udp-gro --queues=1";
-const OPTIONS: [&str; 7] =
-    ["", NO_TUN_OFFLOAD, NO_UDP_GSO, NO_UDP_GRO, ONE_QUEUE, FOUR_QUEUES, NOTHING];
+const NO_AVX512: &str = "--no-avx512";
+const NOTHING: &str = "--no-tun-offload --no-udp-gso --no-udp-gro --no-avx512 --queues=1";
+const OPTIONS: [&str; 8] =
+    ["", NO_TUN_OFFLOAD, NO_UDP_GSO, NO_UDP_GRO, NO_AVX512, ONE_QUEUE, FOUR_QUEUES, NOTHING];
 
 /// Bytes of a stream.
 const STREAM: u64 = 3_000_000;
@@ -26,7 +27,7 @@ fn streams_arrive(pair: &Pair, bytes: u64) {
     for (from, to, n) in [(&pair.a, &pair.b, 2), (&pair.b, &pair.a, 1)] {
         from.sh(&format!("head -c {bytes} /dev/urandom > /run/sent"));
         for (family, address) in [("4", format!("10.9.0.{n}")), ("6", format!("[fd00:9::{n}]"))] {
-            let receive = format!("socat -u TCP{family}-LISTEN:9000 - | sha256sum");
+            let receive = format!("socat -u TCP{family}-LISTEN:9000,reuseaddr - | sha256sum");
             let mut receiver = to.command("bash");
             let receiver = receiver.args(["-c", &receive]).stdout(Stdio::piped()).spawn().unwrap();
             wait_for("the receiver", || !to.sh("ss -Htln sport = 9000").is_empty());
@@ -57,6 +58,11 @@ fn is_as_asked(host: &Host, options: &str) {
     let processors = host.sh("nproc").parse::<usize>().unwrap().min(8).to_string();
     let expected = options.split_once("--queues=").map_or(&*processors, |(_, queues)| queues);
     assert_eq!(queues, expected, "{options}");
+    let has_avx512 = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+    let has_avx512 =
+        ["avx512f", "avx512bw", "avx512ifma"].iter().all(|name| has_avx512.contains(name));
+    let avx512 = has_avx512 && !options.contains(NO_AVX512);
+    host.sh(&format!("grep 'cipher avx512={avx512}' /run/wg0.log"));
     // Of datagrams that are sent or received as one, the kernel counts one.
     let packets = 2 * STREAM / SEGMENT;
     for (name, flag) in [("UdpOutDatagrams", NO_UDP_GSO), ("UdpInDatagrams", NO_UDP_GRO)] {
@@ -145,7 +151,7 @@ fn packets_of_all_sizes_pass() {
         pair.a.sh("ping -n -c 2 -i 0.05 -W 2 -s 65507 10.9.0.2");
         let bytes = "head -c 5000000 /dev/zero";
         let mut receiver = pair.b.command("bash");
-        let receiver = receiver.args(["-c", "socat -u TCP4-LISTEN:9000 - | wc -c"]);
+        let receiver = receiver.args(["-c", "socat -u TCP4-LISTEN:9000,reuseaddr - | wc -c"]);
         let receiver = receiver.stdout(Stdio::piped()).spawn().unwrap();
         wait_for("the receiver", || !pair.b.sh("ss -Htln sport = 9000").is_empty());
         pair.a.sh(&format!("{bytes} | timeout 20 socat -u - TCP4:10.9.0.2:9000"));
@@ -172,7 +178,7 @@ fn vxlan_fragments_and_extension_headers_pass() {
         pair.a.wait_for_ping(&address);
         pair.a.sh(&format!("ping -n -c 3 -i 0.05 -W 2 -s 9000 {address}"));
         let mut receiver = pair.b.command("bash");
-        let receiver = receiver.args(["-c", "socat -u TCP4-LISTEN:9000 - | wc -c"]);
+        let receiver = receiver.args(["-c", "socat -u TCP4-LISTEN:9000,reuseaddr - | wc -c"]);
         let receiver = receiver.stdout(Stdio::piped()).spawn().unwrap();
         wait_for("the receiver", || !pair.b.sh("ss -Htln sport = 9000").is_empty());
         pair.a.sh(&format!("head -c 5000000 /dev/zero | socat -u - TCP4:{address}:9000"));

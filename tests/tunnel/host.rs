@@ -210,7 +210,9 @@ pub(crate) enum Maker {
 impl Maker {
     fn make(self, host: &Host) {
         match self {
-            Self::Gambeson(options) => host.tunnel(&format!("{options} wg0")),
+            Self::Gambeson(options) => {
+                host.tunnel(&format!("{options} --log-file /run/wg0.log wg0"));
+            }
             Self::WireguardGo => drop(host.sh("wireguard-go wg0 2> /dev/null")),
             Self::Kernel => drop(host.sh("ip link add wg0 type wireguard")),
         }

@@ -18,6 +18,7 @@ use crate::device::TICK;
 use crate::error::TunnelError;
 use crate::handshakes;
 use crate::netlink;
+use crate::noise::allow_avx512;
 use crate::shared::{End, Shared, UseOfUdp};
 use crate::tun::Tun;
 use crate::uapi::{self, Listener};
@@ -57,6 +58,8 @@ pub struct Datapath {
     pub udp_gso: bool,
     /// Whether the kernel may merge datagrams that are received (`UDP_GRO`, udp(7)).
     pub udp_gro: bool,
+    /// Whether long messages may be sealed and opened with AVX-512; of the whole process.
+    pub avx512: bool,
 }
 
 /// More queues than this are not made unless asked for.
@@ -65,7 +68,13 @@ const QUEUES: usize = 8;
 impl Default for Datapath {
     fn default() -> Self {
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        Self { queues: processors.min(QUEUES), tun_offload: true, udp_gso: true, udp_gro: true }
+        Self {
+            queues: processors.min(QUEUES),
+            tun_offload: true,
+            udp_gso: true,
+            udp_gro: true,
+            avx512: true,
+        }
     }
 }
 
@@ -110,7 +119,8 @@ impl Tunnel {
     pub fn start(options: &Options) -> Result<Self, TunnelError> {
         let signals = block_signals().map_err(TunnelError::system("wait for signals"))?;
         let network = netlink::watch().map_err(TunnelError::system("watch the network"))?;
-        let Datapath { queues, tun_offload, udp_gso, udp_gro } = options.datapath;
+        let Datapath { queues, tun_offload, udp_gso, udp_gro, avx512 } = options.datapath;
+        tracing::info!(avx512 = allow_avx512(avx512), "cipher");
         let alias = options.alias.as_deref();
         let tun = Tun::create(&options.name, options.mtu, alias, queues.max(1), tun_offload)?;
         let listener = Listener::bind(&options.socket_directory, &options.name)?;

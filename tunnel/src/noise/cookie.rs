@@ -9,8 +9,9 @@ use parking_lot::Mutex;
 use rand_core::{OsRng, RngCore as _};
 use zeroize::Zeroizing;
 
+use super::aead::TAG;
 use super::bucket::Buckets;
-use super::crypto::{self, Key, TAG};
+use super::crypto::{self, Key};
 use super::message::{COOKIE, COOKIE_LEN, MAC, array, word};
 use super::remote::Remote;
 

@@ -6,12 +6,11 @@ use blake2::digest::consts::U16;
 use blake2::digest::{Digest as _, FixedOutput as _, Mac, Update};
 use blake2::{Blake2s256, Blake2sMac};
 use hmac::SimpleHmac;
-use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, UnboundKey};
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-/// Bytes that sealing adds.
-pub(super) const TAG: usize = 16;
+use super::aead::{TAG, nonce};
 
 /// A secret that is erased when it is dropped.
 pub(super) type Key = Zeroizing<[u8; 32]>;
@@ -67,16 +66,9 @@ pub(super) fn agree(private: &StaticSecret, public: &PublicKey) -> Option<Key> {
     shared.was_contributory().then(|| Zeroizing::new(*shared.as_bytes()))
 }
 
-/// A key for ChaCha20-Poly1305.
-pub(super) fn cipher(key: &[u8; 32]) -> Option<LessSafeKey> {
+/// A key for ChaCha20-Poly1305 that is used once.
+fn cipher(key: &[u8; 32]) -> Option<LessSafeKey> {
     UnboundKey::new(&CHACHA20_POLY1305, key).ok().map(LessSafeKey::new)
-}
-
-/// The nonce of a counter: 32 zero bits, then the counter.
-pub(super) fn nonce(counter: u64) -> Nonce {
-    let mut nonce = [0; NONCE_LEN];
-    nonce[NONCE_LEN - 8..].copy_from_slice(&counter.to_le_bytes());
-    Nonce::assume_unique_for_key(nonce)
 }
 
 /// Seals `plain` with a key that is used once. `out` has room for it and [`TAG`] bytes.

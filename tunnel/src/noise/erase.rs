@@ -3,28 +3,26 @@
 use std::mem::{MaybeUninit, size_of};
 use std::ptr::write_volatile;
 
-use ring::aead::LessSafeKey;
-
 /// A key at one place in memory, which is overwritten when it is dropped.
-pub(super) struct Erased(Box<MaybeUninit<LessSafeKey>>);
+pub(super) struct Erased<T>(Box<MaybeUninit<T>>);
 
-impl Erased {
-    pub(super) fn new(key: LessSafeKey) -> Self {
+impl<T> Erased<T> {
+    pub(super) fn new(key: T) -> Self {
         Self(Box::new(MaybeUninit::new(key)))
     }
 
-    pub(super) fn get(&self) -> &LessSafeKey {
+    pub(super) fn get(&self) -> &T {
         // SAFETY: it is initialised from `new` until `drop`.
         unsafe { self.0.assume_init_ref() }
     }
 }
 
-impl Drop for Erased {
+impl<T> Drop for Erased<T> {
     fn drop(&mut self) {
         // SAFETY: it is initialised, and nobody uses it after this.
         unsafe { self.0.assume_init_drop() };
         let bytes = self.0.as_mut_ptr().cast::<u8>();
-        for at in 0..size_of::<LessSafeKey>() {
+        for at in 0..size_of::<T>() {
             // SAFETY: `at` is inside the box, of which any byte pattern is a value by now.
             unsafe { write_volatile(bytes.add(at), 0) };
         }

@@ -5,6 +5,7 @@
 //! [`Identity`] is the device's, [`Noise`] is a peer's. Nothing here knows of sockets or
 //! clocks: datagrams and the device's time, in ms, are passed in.
 
+mod aead;
 mod bucket;
 mod cookie;
 mod crypto;
@@ -26,6 +27,7 @@ use std::sync::Arc;
 
 use zeroize::Zeroizing;
 
+pub(crate) use aead::allow_avx512;
 pub(crate) use cookie::Verdict;
 pub(crate) use handshake::Claimed;
 pub(crate) use identity::Identity;
@@ -42,7 +44,7 @@ use session::{Session, Sessions};
 use timers::{Due, Timers};
 
 /// What sealing adds to a packet, bytes.
-pub(crate) const OVERHEAD: usize = DATA_HEADER + crypto::TAG;
+pub(crate) const OVERHEAD: usize = DATA_HEADER + aead::TAG;
 
 /// How many packets wait for a session, as in the kernel (`MAX_STAGED_PACKETS`).
 const WAITING: usize = 128;

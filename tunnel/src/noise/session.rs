@@ -1,9 +1,7 @@
 //! A session: a key for each direction, counters, and an age (WireGuard paper, 5.4.6).
 
-use ring::aead::Aad;
-
 use super::OVERHEAD;
-use super::crypto::{TAG, cipher, nonce};
+use super::aead::Cipher;
 use super::erase::Erased;
 use super::handshake::Agreed;
 use super::indices::Index;
@@ -25,8 +23,8 @@ const PREVIOUS: usize = 3;
 pub(super) struct Session {
     ours: Index,
     theirs: u32,
-    sealing: Erased,
-    opening: Erased,
+    sealing: Erased<Cipher>,
+    opening: Erased<Cipher>,
     /// Of the next message.
     counter: u64,
     replay: Replay,
@@ -38,8 +36,8 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(agreed: Agreed, now: u64) -> Option<Self> {
         Some(Self {
-            sealing: Erased::new(cipher(&agreed.sealing)?),
-            opening: Erased::new(cipher(&agreed.opening)?),
+            sealing: Erased::new(Cipher::new(&agreed.sealing)?),
+            opening: Erased::new(Cipher::new(&agreed.opening)?),
             ours: agreed.ours,
             theirs: agreed.theirs,
             counter: 0,
@@ -86,9 +84,7 @@ impl Session {
         header[4..8].copy_from_slice(&self.theirs.to_le_bytes());
         header[8..].copy_from_slice(&counter.to_le_bytes());
         self.counter += 1;
-        let key = self.sealing.get();
-        let sealed = key.seal_in_place_separate_tag(nonce(counter), Aad::empty(), text).ok()?;
-        tag.copy_from_slice(sealed.as_ref());
+        tag.copy_from_slice(&self.sealing.get().seal(counter, text)?);
         Some(out.len())
     }
 
@@ -98,9 +94,7 @@ impl Session {
         if counter >= REJECT_AFTER_MESSAGES || !self.replay.is_new(counter) {
             return None;
         }
-        let sealed = datagram.get_mut(DATA_HEADER..)?;
-        let len = sealed.len().checked_sub(TAG)?;
-        self.opening.get().open_in_place(nonce(counter), Aad::empty(), sealed).ok()?;
+        let len = self.opening.get().open(counter, datagram.get_mut(DATA_HEADER..)?)?;
         self.replay.accept(counter).then_some(len)
     }
 }

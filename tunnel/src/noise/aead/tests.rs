@@ -1,0 +1,57 @@
+use proptest::prelude::*;
+
+use super::*;
+
+/// Both implementations, where there are two.
+fn both(key: &[u8; 32]) -> Option<[Cipher; 2]> {
+    is_wide_right().then(|| [false, true].map(|is_wide| Cipher::of(key, is_wide).unwrap()))
+}
+
+#[test]
+fn it_is_right_wherever_the_processor_has_it() {
+    #[cfg(target_arch = "x86_64")]
+    assert_eq!(is_wide_right(), avx512::is_supported());
+    assert!(!allow_avx512(false));
+    assert!(Cipher::new(&[1; 32]).unwrap().wide.is_none());
+    assert_eq!(allow_avx512(true), is_wide_right());
+}
+
+#[test]
+fn messages_of_each_length_are_rings() {
+    let Some([ring, wide]) = both(&[7; 32]) else { return };
+    for len in (0..3000).chain([9000, 65_519]) {
+        let plain: Vec<u8> = (0..len).map(|n| (n * 7 + len) as u8).collect();
+        let (mut one, mut other) = (plain.clone(), plain.clone());
+        let counter = len as u64 * 0x0012_3456_789a;
+        let tags = [ring.seal(counter, &mut one), wide.seal(counter, &mut other)];
+        assert_eq!((&one, tags[0]), (&other, tags[1]), "{len}");
+        one.extend(tags[0].unwrap());
+        assert_eq!(wide.open(counter, &mut one), Some(plain.len()));
+        assert_eq!(one[..len], plain);
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_damaged_is_refused_and_the_rest_is_rings(
+        key in any::<[u8; 32]>(),
+        counter in any::<u64>(),
+        text in prop::collection::vec(any::<u8>(), 0..4000),
+        damage in any::<prop::sample::Index>(),
+        bit in 0u8..8,
+    ) {
+        let Some([ring, wide]) = both(&key) else { return Ok(()) };
+        let mut sealed = text.clone();
+        let tag = wide.seal(counter, &mut sealed).unwrap();
+        sealed.extend(tag);
+        let mut damaged = sealed.clone();
+        damaged[damage.index(sealed.len())] ^= 1 << bit;
+        for cipher in [&ring, &wide] {
+            prop_assert_eq!(cipher.open(counter, &mut damaged.clone()), None);
+            prop_assert_eq!(cipher.open(counter.wrapping_add(1), &mut sealed.clone()), None);
+            let mut opened = sealed.clone();
+            prop_assert_eq!(cipher.open(counter, &mut opened), Some(text.len()));
+            prop_assert_eq!(&opened[..text.len()], &text);
+        }
+    }
+}
