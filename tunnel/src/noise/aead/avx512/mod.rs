@@ -8,6 +8,7 @@ use std::arch::x86_64::{__m512i, _mm256_storeu_si256, _mm512_castsi512_si256};
 
 use super::Tag;
 use chacha20::{AT_ONCE, BLOCK, Stream};
+use poly1305::Authenticator;
 
 /// Whether this processor has what is needed.
 pub(super) fn is_supported() -> bool {
@@ -50,14 +51,14 @@ fn seal(key: &[u32; 8], counter: u64, text: &mut [u8]) -> Tag {
     let stream = Stream::new(key, counter);
     let first = stream.blocks(0, 1 + text.len().div_ceil(BLOCK));
     encrypt(&stream, &first, text);
-    poly1305::tag(&one_time_key(&first[0]), text)
+    Authenticator::new(one_time_key(&first[0])).tag(text)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512ifma")]
 fn open(key: &[u32; 8], counter: u64, text: &mut [u8], is_tag: impl Fn(&Tag) -> bool) -> bool {
     let stream = Stream::new(key, counter);
     let first = stream.blocks(0, 1 + text.len().div_ceil(BLOCK));
-    let is_authentic = is_tag(&poly1305::tag(&one_time_key(&first[0]), text));
+    let is_authentic = is_tag(&Authenticator::new(one_time_key(&first[0])).tag(text));
     if is_authentic {
         encrypt(&stream, &first, text);
     }

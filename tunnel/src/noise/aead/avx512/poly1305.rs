@@ -28,47 +28,68 @@ struct Factor {
     wrapped: [__m512i; 2],
 }
 
-/// What the lanes are multiplied by.
-struct Powers {
+/// The key of one tag: what the lanes are multiplied by, and what is added in the end.
+pub(super) struct Authenticator {
     /// By the eighth power of r, if another group follows.
     next: Factor,
     /// By the eighth to the first, in the end.
     last: Factor,
+    s: [u64; 2],
 }
 
-/// The tag of a text without other data, as in the AEAD: padded to whole blocks, with the lengths
-/// behind it (RFC 8439, 2.8). The key is r and s.
-#[target_feature(enable = "avx512f,avx512ifma")]
-pub(super) fn tag(key: &[u64; 4], text: &[u8]) -> Tag {
-    let [r0, r1, s0, s1] = *key;
-    let powers = Powers::of([r0 & 0x0fff_fffc_0fff_ffff, r1 & 0x0fff_fffc_0fff_fffc]);
-    let blocks = text.len().div_ceil(BLOCK) + 1;
-    let groups = blocks.div_ceil(LANES);
-    // The first group has the odd blocks behind lanes without any.
-    let odd = blocks - (groups - 1) * LANES;
-    let is_one = groups == 1;
-    let (head, rest) = text.split_at(if is_one { 0 } else { (odd * BLOCK).min(text.len()) });
-    let (middle, tail) = rest.split_at((groups.saturating_sub(2) * GROUP).min(rest.len()));
-    let mut sum = Lanes([_mm512_setzero_si512(); 3]);
-    let mut empty = LANES - odd;
-    if !is_one {
-        sum = multiply(add(sum, &padded(head, empty), empty), &powers.next);
-        empty = 0;
+impl Authenticator {
+    /// Of a key, which is r and s.
+    #[target_feature(enable = "avx512f,avx512ifma")]
+    pub(super) fn new([r0, r1, s0, s1]: [u64; 4]) -> Self {
+        let (r0, r1) = (r0 & 0x0fff_fffc_0fff_ffff, r1 & 0x0fff_fffc_0fff_fffc);
+        let limbs = [r0 & LOW, (r0 >> 44 | r1 << 20) & LOW, r1 >> 24];
+        let first = Lanes(limbs.map(|limb| splat(limb)));
+        let second = multiply(first, &Factor::new(first));
+        let square = Factor::new(second);
+        let fourth = Factor::new(multiply(second, &square));
+        // 2 1 2 1 2 1 2 1, then 4 3 2 1 4 3 2 1, then 8 7 6 5 4 3 2 1.
+        let pairs = blend(0b1010_1010, second, first);
+        let fours = blend(0b1100_1100, multiply(pairs, &square), pairs);
+        let eights = blend(0b1111_0000, multiply(fours, &fourth), fours);
+        let first_lane = |limb| _mm512_permutexvar_epi64(_mm512_setzero_si512(), limb);
+        let next = Factor::new(Lanes(eights.0.map(first_lane)));
+        Self { next, last: Factor::new(eights), s: [s0, s1] }
     }
-    for group in middle.as_chunks::<GROUP>().0 {
-        sum = multiply(add(sum, group, 0), &powers.next);
+
+    /// The tag of a text without other data, as in the AEAD: padded to whole blocks, with the
+    /// lengths behind it (RFC 8439, 2.8).
+    #[target_feature(enable = "avx512f,avx512ifma")]
+    pub(super) fn tag(&self, text: &[u8]) -> Tag {
+        let blocks = text.len().div_ceil(BLOCK) + 1;
+        let groups = blocks.div_ceil(LANES);
+        // The first group has the odd blocks behind lanes without any.
+        let odd = blocks - (groups - 1) * LANES;
+        let is_one = groups == 1;
+        let (head, rest) = text.split_at(if is_one { 0 } else { (odd * BLOCK).min(text.len()) });
+        let (middle, tail) = rest.split_at((groups.saturating_sub(2) * GROUP).min(rest.len()));
+        let mut sum = Lanes([_mm512_setzero_si512(); 3]);
+        let mut empty = LANES - odd;
+        if !is_one {
+            sum = multiply(add(sum, &padded(head, empty), empty), &self.next);
+            empty = 0;
+        }
+        for group in middle.as_chunks::<GROUP>().0 {
+            sum = multiply(add(sum, group, 0), &self.next);
+        }
+        let mut group = padded(tail, empty);
+        group[GROUP - 8..].copy_from_slice(&(text.len() as u64).to_le_bytes());
+        sum = multiply(add(sum, &group, empty), &self.last);
+        finish(sum.0.map(|limb| _mm512_reduce_add_epi64(limb) as u64), self.s)
     }
-    let mut group = padded(tail, empty);
-    group[GROUP - 8..].copy_from_slice(&(text.len() as u64).to_le_bytes());
-    sum = multiply(add(sum, &group, empty), &powers.last);
-    finish(sum.0.map(|limb| _mm512_reduce_add_epi64(limb) as u64), [s0, s1])
 }
 
 /// Bytes behind so many lanes without any, with zeros behind them.
 fn padded(bytes: &[u8], empty: usize) -> [u8; GROUP] {
     let mut group = [0; GROUP];
     let room = group.get_mut(empty * BLOCK..).unwrap_or_default();
-    room.iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    if let Some(room) = room.get_mut(..bytes.len()) {
+        room.copy_from_slice(bytes);
+    }
     group
 }
 
@@ -128,23 +149,6 @@ impl Factor {
     fn new(limbs: Lanes) -> Self {
         let twenty = |x| _mm512_add_epi64(_mm512_slli_epi64::<4>(x), _mm512_slli_epi64::<2>(x));
         Self { limbs, wrapped: [twenty(limbs.0[1]), twenty(limbs.0[2])] }
-    }
-}
-
-impl Powers {
-    #[target_feature(enable = "avx512f,avx512ifma")]
-    fn of([r0, r1]: [u64; 2]) -> Self {
-        let limbs = [r0 & LOW, (r0 >> 44 | r1 << 20) & LOW, r1 >> 24];
-        let first = Lanes(limbs.map(|limb| splat(limb)));
-        let second = multiply(first, &Factor::new(first));
-        let square = Factor::new(second);
-        let fourth = Factor::new(multiply(second, &square));
-        // 2 1 2 1 2 1 2 1, then 4 3 2 1 4 3 2 1, then 8 7 6 5 4 3 2 1.
-        let pairs = blend(0b1010_1010, second, first);
-        let fours = blend(0b1100_1100, multiply(pairs, &square), pairs);
-        let eights = blend(0b1111_0000, multiply(fours, &fourth), fours);
-        let first_lane = |limb| _mm512_permutexvar_epi64(_mm512_setzero_si512(), limb);
-        Self { next: Factor::new(Lanes(eights.0.map(first_lane))), last: Factor::new(eights) }
     }
 }
 
@@ -219,7 +223,7 @@ mod tests {
             let text: Vec<u8> = blocks.iter().flat_map(|block| block.to_le_bytes()).collect();
             let text = &text[..text.len().saturating_sub(cut)];
             // SAFETY: the processor has what is needed.
-            prop_assert_eq!(unsafe { tag(&words, text) }, right(&words, text));
+            prop_assert_eq!(unsafe { Authenticator::new(words).tag(text) }, right(&words, text));
         }
     }
 }
