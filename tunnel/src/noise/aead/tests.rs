@@ -44,6 +44,9 @@ proptest! {
         let mut sealed = text.clone();
         let tag = wide.seal(counter, &mut sealed).unwrap();
         sealed.extend(tag);
+        let mut of_the_tag = sealed.clone();
+        of_the_tag[text.len() + damage.index(TAG)] ^= 1 << bit;
+        prop_assert_eq!(wide.open(counter, &mut of_the_tag), None);
         let mut damaged = sealed.clone();
         damaged[damage.index(sealed.len())] ^= 1 << bit;
         for cipher in [&ring, &wide] {

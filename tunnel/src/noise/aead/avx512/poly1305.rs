@@ -206,6 +206,30 @@ mod tests {
         Poly1305::new(key).compute_unpadded(&message).as_slice().try_into().unwrap()
     }
 
+    /// With r = 1 a tag is the sum of all blocks, here just below, at and above multiples of 2^130.
+    #[test]
+    fn sums_around_multiples_of_the_modulus_are_reduced() {
+        if !super::super::is_supported() {
+            return;
+        }
+        for multiple in 1..=3_u128 {
+            for less in -6..=12_i128 {
+                // Each block counts 2^128 more, and the last one is the length.
+                let count = 2 * multiple;
+                let rest = 0_u128.wrapping_sub((16 * count) << 64).wrapping_sub(less as u128);
+                let mut blocks = vec![u128::MAX; count as usize - 2];
+                blocks.extend([rest + (count - 2), 0]);
+                let text: Vec<u8> = blocks.iter().flat_map(|block| block.to_le_bytes()).collect();
+                // SAFETY: the processor has what is needed.
+                let tag = unsafe { Authenticator::new([1, 0, 0, 0]).tag(&text) };
+                assert_eq!(tag, right(&[1, 0, 0, 0], &text), "{multiple} times 2^130 less {less}");
+                let sum = (5 * multiple).wrapping_sub(less as u128);
+                let is_small = less <= 5 * multiple as i128 && sum < 30;
+                assert!(!is_small || u128::from_le_bytes(tag) == sum, "{multiple} {less}");
+            }
+        }
+    }
+
     proptest! {
         #[test]
         fn tags_are_right_at_the_edges_of_the_field(
