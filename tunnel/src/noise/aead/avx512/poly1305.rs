@@ -167,17 +167,14 @@ fn splat(value: u64) -> __m512i {
 
 /// Reduces the sum of all lanes, and adds s modulo 2^128. No branch depends on them.
 fn finish([mut h0, mut h1, mut h2]: [u64; 3], [s0, s1]: [u64; 2]) -> Tag {
-    // Limbs of up to 47 bits: the second time leaves a carry of one at most.
-    for _ in 0..2 {
-        h1 += h0 >> 44;
-        h2 += h1 >> 44;
-        (h0, h1) = ((h0 & LOW) + (h2 >> 42) * 5, h1 & LOW);
-        h2 &= HIGH;
-    }
+    // Limbs of eight products: what is above 2^130 is at most 8, and each of it counts 5.
+    h1 += h0 >> 44;
+    h2 += h1 >> 44;
+    (h0, h1, h2) = ((h0 & LOW) + (h2 >> 42) * 5, h1 & LOW, h2 & HIGH);
     h1 += h0 >> 44;
     h2 += h1 >> 44;
     (h0, h1) = (h0 & LOW, h1 & LOW);
-    // Less 2^130 - 5, if that is not negative.
+    // It is below twice 2^130 - 5: less that, if the difference is not negative.
     let g0 = h0 + 5;
     let g1 = h1 + (g0 >> 44);
     let g2 = (h2 + (g1 >> 44)).wrapping_sub(1 << 42);
