@@ -1,11 +1,10 @@
 //! What each stage of the data path does on one core: `make stages`.
 
 use std::hint::black_box;
-use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
-use gambeson_tunnel::internals::{self, HEADER_LEN, Merger, Routes, split};
+use gambeson_tunnel::internals::{HEADER_LEN, Merger, Routes, pair, split};
 use gambeson_tunnel::{Batch, Datagram, Device, Outbox};
 
 /// Of a packet through a tunnel over an underlay of 1,500 bytes, bytes.
@@ -15,12 +14,12 @@ const HEADERS: usize = 40;
 /// Packets of a super-packet.
 const PACKETS: usize = 46;
 
-/// A segment of TCP over IPv4 from 10.0.0.1 to .2, all but its payload's checksum right.
+/// A segment of TCP over IPv4 from 10.0.0.0 to .1, all but its payload's checksum right.
 fn segment(sequence: u32, len: usize) -> Vec<u8> {
     let mut packet = vec![0; len];
     packet[..4].copy_from_slice(&[0x45, 0, (len >> 8) as u8, len as u8]);
     packet[6..10].copy_from_slice(&[0x40, 0, 64, 6]);
-    packet[12..20].copy_from_slice(&[10, 0, 0, 1, 10, 0, 0, 2]);
+    packet[12..20].copy_from_slice(&[10, 0, 0, 0, 10, 0, 0, 1]);
     let sum: u32 = packet[..20].chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(w[1])).sum();
     let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
     packet[10..12].copy_from_slice(&sum.to_be_bytes());
@@ -47,42 +46,9 @@ fn segments() -> Vec<Vec<u8>> {
     (0..PACKETS as u32).map(|number| segment(1 + number * step, PACKET)).collect()
 }
 
-/// Sends this, and takes no notice of the answer.
-struct Request<'a>(&'a [u8]);
-
-impl Read for Request<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
-    }
-}
-
-impl Write for Request<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Two devices with a session, the first of them the one to seal.
-fn devices() -> io::Result<[Device; 2]> {
-    // Keys of 32 bytes of 1 and of 2, and their public keys.
-    let publics = [
-        "a4e09292b651c278b9772c569f5fa9bb13d906b46ab68c9df9dc2b4409f8a209",
-        "ce8d3ad1ccb633ec7b70c17814a5c76ecd029685050d344745ba05870e587d59",
-    ];
-    let devices = [(); 2].map(|()| Device::new(PACKET));
-    for (n, device) in devices.iter().enumerate() {
-        let (private, peer) = (["01", "02"][n].repeat(32), publics[1 - n]);
-        let request = format!(
-            "set=1\nprivate_key={private}\npublic_key={peer}\nendpoint=192.0.2.1:9\n\
-             allowed_ip=10.0.0.0/8\n\n"
-        );
-        internals::configure(device, Request(request.as_bytes()))?;
-        device.set_up(true, &mut Outbox::new());
-    }
+fn devices() -> [Device; 2] {
+    let devices = pair(PACKET);
     let mut batch = Batch::new();
     batch.push(&segment(1, PACKET));
     let [mut there, mut back] = [(); 2].map(|()| Outbox::new());
@@ -93,7 +59,7 @@ fn devices() -> io::Result<[Device; 2]> {
         pass(&devices[0], &back, &mut there);
         back.clear();
     }
-    Ok(devices)
+    devices
 }
 
 /// Lets a device receive what is in an outbox, handshakes included. Returns the packets' count.
@@ -127,7 +93,7 @@ fn stages(criterion: &mut Criterion) {
     assert_eq!(merger.group(&packets), 1);
     group.bench_function("coalesce", |b| b.iter(|| merger.group(black_box(&packets))));
 
-    let Ok([sealer, opener]) = devices() else { return };
+    let [sealer, opener] = devices();
     let mut batch = Batch::new();
     segments.iter().for_each(|segment| batch.push(segment));
     let mut outbox = Outbox::new();

@@ -91,12 +91,55 @@ impl Routes {
     }
 }
 
-/// Serves the configuration protocol for a device without sockets.
-///
-/// # Errors
-/// Of the stream.
-pub fn configure(device: &Device, stream: impl Read + Write) -> io::Result<()> {
-    uapi::serve(stream, &Bare(device))
+/// Two devices that are up and know each other: number n has the address 192.0.2.n and the
+/// packets to 10.0.0.n.
+pub fn pair(mtu: usize) -> [Device; 2] {
+    // Keys of 32 bytes of 1 and of 2, and their public keys.
+    let public = [
+        "a4e09292b651c278b9772c569f5fa9bb13d906b46ab68c9df9dc2b4409f8a209",
+        "ce8d3ad1ccb633ec7b70c17814a5c76ecd029685050d344745ba05870e587d59",
+    ];
+    [0, 1].map(|number| {
+        let device = Device::new(mtu);
+        let (private, other) = (["01", "02"][number].repeat(32), 1 - number);
+        let request = format!(
+            "set=1\nprivate_key={private}\npublic_key={}\nendpoint=192.0.2.{other}:9\n\
+             allowed_ip=10.0.0.{other}/32\n\n",
+            public[other]
+        );
+        configure(&device, request.as_bytes());
+        device.set_up(true, &mut Outbox::new());
+        device
+    })
+}
+
+/// What the configuration protocol answers for a device without sockets.
+pub fn configure(device: &Device, request: &[u8]) -> Vec<u8> {
+    let mut client = Client { request, answer: Vec::new() };
+    // It ends with an error where a line is too long.
+    let _ = uapi::serve(&mut client, &Bare(device));
+    client.answer
+}
+
+struct Client<'a> {
+    request: &'a [u8],
+    answer: Vec<u8>,
+}
+
+impl Read for Client<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.request.read(buffer)
+    }
+}
+
+impl Write for Client<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.answer.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 struct Bare<'d>(&'d Device);

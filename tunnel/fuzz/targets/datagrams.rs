@@ -3,42 +3,12 @@
 
 #![no_main]
 
-use std::io::{self, Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use gambeson_tunnel::{Batch, Datagram, Device, Outbox, internals};
+use gambeson_tunnel::internals::pair;
+use gambeson_tunnel::{Batch, Datagram, Device, Outbox};
 use libfuzzer_sys::fuzz_target;
-
-/// Keys of 32 bytes of 1 and of 2, and their public keys.
-const KEYS: [[&str; 2]; 2] = [
-    [
-        "0101010101010101010101010101010101010101010101010101010101010101",
-        "a4e09292b651c278b9772c569f5fa9bb13d906b46ab68c9df9dc2b4409f8a209",
-    ],
-    [
-        "0202020202020202020202020202020202020202020202020202020202020202",
-        "ce8d3ad1ccb633ec7b70c17814a5c76ecd029685050d344745ba05870e587d59",
-    ],
-];
-
-struct Client(io::Cursor<Vec<u8>>);
-
-impl Read for Client {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
-    }
-}
-
-impl Write for Client {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// A device and where it is.
 struct End {
@@ -48,20 +18,6 @@ struct End {
     sent: Vec<Vec<u8>>,
     /// How many packets it has given.
     opened: usize,
-}
-
-fn end(number: usize) -> End {
-    let device = Device::new(1420);
-    let other = 1 - number;
-    let request = format!(
-        "set=1\nprivate_key={}\npublic_key={}\nendpoint=192.0.2.{other}:9\n\
-         allowed_ip=10.0.0.{other}/32\nallowed_ip=fd00::/64\n\n",
-        KEYS[number][0], KEYS[other][1]
-    );
-    internals::configure(&device, Client(io::Cursor::new(request.into_bytes()))).expect("set");
-    device.set_up(true, &mut Outbox::new());
-    let address = SocketAddr::from(([192, 0, 2, number as u8], 9));
-    End { device, address, sent: Vec::new(), opened: 0 }
 }
 
 impl End {
@@ -104,7 +60,11 @@ fn packet(to: usize, len: usize) -> Vec<u8> {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let mut ends = [end(0), end(1)];
+    let mut number = 0..;
+    let mut ends = pair(1420).map(|device| {
+        let address = SocketAddr::from(([192, 0, 2, number.next().unwrap_or(0)], 9));
+        End { device, address, sent: Vec::new(), opened: 0 }
+    });
     let (mut rest, mut given, mut uptime) = (input, 0, Duration::ZERO);
     while let Some(([what, a, b, c], after)) = rest.split_first_chunk::<4>() {
         rest = after;

@@ -173,7 +173,7 @@ impl Sockets {
         }
         let lane = self.lanes.get((peer.index() % LANES) as usize)?;
         let how = How { fwmark: self.fwmark.load(Ordering::Relaxed), merges: self.merges };
-        lane.get_or_init(|| Pair::beside(self.port, how, Role::Slow).ok()).as_ref()
+        lane.get_or_init(|| Pair::of(self.port, how, Role::Slow).ok()).as_ref()
     }
 }
 
@@ -197,7 +197,7 @@ impl Slow {
 }
 
 fn send_to(pair: &Pair, to: &Destination, bytes: &[u8], segment: usize) -> io::Result<()> {
-    let Some(socket) = pair.of(&to.endpoint.address) else {
+    let Some(socket) = pair.to(&to.endpoint.address) else {
         return Err(Errno::EAFNOSUPPORT.into());
     };
     send_message(socket.as_raw_fd(), bytes, segment, to)

@@ -51,19 +51,15 @@ impl Pair {
         let mut attempts = 0;
         loop {
             attempts += 1;
-            match Self::try_bind(port, how, Role::First) {
+            match Self::of(port, how, Role::First) {
                 Err(error) if port == 0 && attempts < PORT_ATTEMPTS && is_in_use(&error) => {}
                 result => return result,
             }
         }
     }
 
-    /// Another pair on the port of one that shares it.
-    pub(super) fn beside(port: u16, how: How, role: Role) -> io::Result<Self> {
-        Self::try_bind(port, how, role)
-    }
-
-    fn try_bind(port: u16, how: How, role: Role) -> io::Result<Self> {
+    /// A pair of this role: but for the first one, on the port of one that shares it.
+    pub(super) fn of(port: u16, how: How, role: Role) -> io::Result<Self> {
         let v4 = socket((Ipv4Addr::UNSPECIFIED, port).into(), how, role)?;
         let port = bound_port(v4.as_ref()).unwrap_or(port);
         let v6 = socket((Ipv6Addr::UNSPECIFIED, port).into(), how, role)?;
@@ -87,7 +83,7 @@ impl Pair {
     /// (`SO_ATTACH_REUSEPORT_CBPF`, socket(7)).
     pub(super) fn share(&self, count: usize, how: How) -> io::Result<Vec<Self>> {
         self.each().try_for_each(|socket| socket.set_reuse_port(true))?;
-        let beside = |role| Self::beside(self.port, how, role);
+        let beside = |role| Self::of(self.port, how, role);
         let others = (1..count).map(|_| beside(Role::Further)).collect::<io::Result<Vec<_>>>()?;
         let second = others.is_empty().then(|| beside(Role::Slow)).transpose()?;
         for (socket, sender) in [(&self.v4, SENDER_V4), (&self.v6, SENDER_V6)] {
@@ -110,7 +106,7 @@ impl Pair {
         self.v4.iter().chain(&self.v6)
     }
 
-    pub(super) fn of(&self, address: &SocketAddr) -> Option<&Socket> {
+    pub(super) fn to(&self, address: &SocketAddr) -> Option<&Socket> {
         match address {
             SocketAddr::V4(_) => self.v4.as_ref(),
             SocketAddr::V6(_) => self.v6.as_ref(),
@@ -267,7 +263,7 @@ mod tests {
             assert_eq!(pair.share(count, how).unwrap().len(), count - 1);
             let error = Pair::bind(pair.port(), how).err().unwrap();
             assert!(is_in_use(&error), "{error}");
-            assert!(Pair::beside(pair.port(), how, Role::Slow).is_ok());
+            assert!(Pair::of(pair.port(), how, Role::Slow).is_ok());
         }
     }
 }

@@ -91,8 +91,8 @@ fn is_wide_right() -> bool {
             let (ring, wide) = (Cipher::of(&key, false)?, avx512::Key::new(&key)?);
             let mut text: Vec<u8> = (0..len).map(|n| n as u8).collect();
             let mut same = text.clone();
-            let (counter, tag) =
-                (u64::MAX - len as u64, wide.seal(u64::MAX - len as u64, &mut text));
+            let counter = u64::MAX - len as u64;
+            let tag = wide.seal(counter, &mut text);
             let right = ring.seal(counter, &mut same)? == tag && same == text;
             Some(right && wide.open(counter, &mut text, |right| *right == tag))
         };
