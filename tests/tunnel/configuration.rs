@@ -150,16 +150,21 @@ fn a_removed_peer_is_not_heard_any_more() {
     pair.a.wait_for_ping("10.9.0.2");
 }
 
+/// The beginning of a peer's section, with a key of its own for each number.
+fn peer(n: u32) -> String {
+    let mut key = [7; 32];
+    key[..4].copy_from_slice(&n.to_be_bytes());
+    let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
+    format!("[Peer]\nPublicKey = {key}\nEndpoint = 192.0.2.2:{}\n", n + 1)
+}
+
 #[test]
 fn two_thousand_peers_are_set_and_shown() {
     let (a, _b) = wired();
     a.tunnel("wg0");
     let mut conf = String::from("[Interface]\nListenPort = 5001\n");
     for n in 0..2000u32 {
-        let mut key = [7; 32];
-        key[..4].copy_from_slice(&n.to_be_bytes());
-        let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
-        writeln!(conf, "[Peer]\nPublicKey = {key}\nEndpoint = 192.0.2.2:{}", n + 1).unwrap();
+        conf += &peer(n);
         writeln!(conf, "AllowedIPs = 10.{}.{}.0/24, fd00:{n:x}::/64", n / 256, n % 256).unwrap();
     }
     a.sh("wg genkey > /run/key && wg set wg0 private-key /run/key && ip link set wg0 up");
@@ -180,10 +185,7 @@ fn ten_thousand_peers_are_set_at_once_in_little_time_and_memory() {
     a.tunnel("wg0");
     let mut conf = String::from("[Interface]\nListenPort = 5001\n");
     for n in 0..10_000u32 {
-        let mut key = [7; 32];
-        key[..4].copy_from_slice(&n.to_be_bytes());
-        let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
-        writeln!(conf, "[Peer]\nPublicKey = {key}\nEndpoint = 192.0.2.2:{}", n + 1).unwrap();
+        conf += &peer(n);
         writeln!(conf, "AllowedIPs = 10.{}.{}.0/24", n / 256, n % 256).unwrap();
     }
     a.sh("wg genkey > /run/key && ip link set wg0 up");

@@ -6,11 +6,11 @@ use blake2::digest::consts::U16;
 use blake2::digest::{Digest as _, FixedOutput as _, Mac, Update};
 use blake2::{Blake2s256, Blake2sMac};
 use hmac::SimpleHmac;
-use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, UnboundKey};
+use ring::aead::Aad;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use super::aead::{TAG, nonce};
+use super::aead::{TAG, nonce, ring_key};
 
 /// A secret that is erased when it is dropped.
 pub(super) type Key = Zeroizing<[u8; 32]>;
@@ -66,16 +66,11 @@ pub(super) fn agree(private: &StaticSecret, public: &PublicKey) -> Option<Key> {
     shared.was_contributory().then(|| Zeroizing::new(*shared.as_bytes()))
 }
 
-/// A key for ChaCha20-Poly1305 that is used once.
-fn cipher(key: &[u8; 32]) -> Option<LessSafeKey> {
-    UnboundKey::new(&CHACHA20_POLY1305, key).ok().map(LessSafeKey::new)
-}
-
 /// Seals `plain` with a key that is used once. `out` has room for it and [`TAG`] bytes.
 pub(super) fn seal_once(key: &[u8; 32], aad: &[u8], plain: &[u8], out: &mut [u8]) -> Option<()> {
     let (text, tag) = out.split_at_mut_checked(plain.len())?;
     text.copy_from_slice(plain);
-    let sealed = cipher(key)?.seal_in_place_separate_tag(nonce(0), Aad::from(aad), text).ok()?;
+    let sealed = ring_key(key)?.seal_in_place_separate_tag(nonce(0), Aad::from(aad), text).ok()?;
     tag.get_mut(..TAG)?.copy_from_slice(sealed.as_ref());
     Some(())
 }
@@ -87,6 +82,6 @@ pub(super) fn open_once<const N: usize>(
     sealed: &[u8],
 ) -> Option<[u8; N]> {
     let mut buffer = Zeroizing::new(sealed.to_vec());
-    let plain = cipher(key)?.open_in_place(nonce(0), Aad::from(aad), &mut buffer).ok()?;
+    let plain = ring_key(key)?.open_in_place(nonce(0), Aad::from(aad), &mut buffer).ok()?;
     (&*plain).try_into().ok()
 }

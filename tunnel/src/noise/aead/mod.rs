@@ -49,8 +49,7 @@ impl Cipher {
     }
 
     fn of(key: &[u8; 32], is_wide: bool) -> Option<Self> {
-        let ring = LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).ok()?);
-        Some(Self { ring, wide: is_wide.then(|| avx512::Key::new(key)).flatten() })
+        Some(Self { ring: ring_key(key)?, wide: is_wide.then(|| avx512::Key::new(key)).flatten() })
     }
 
     /// Seals a text in its place.
@@ -73,6 +72,11 @@ impl Cipher {
         self.ring.open_in_place(nonce(counter), Aad::empty(), sealed).ok()?;
         Some(len)
     }
+}
+
+/// A key of ring's.
+pub(super) fn ring_key(key: &[u8; 32]) -> Option<LessSafeKey> {
+    UnboundKey::new(&CHACHA20_POLY1305, key).ok().map(LessSafeKey::new)
 }
 
 /// The nonce of a counter: 32 zero bits, then the counter.
