@@ -16,7 +16,7 @@ const OPTIONS: [&str; 8] =
     ["", NO_TUN_OFFLOAD, NO_UDP_GSO, NO_UDP_GRO, NO_AVX512, ONE_QUEUE, FOUR_QUEUES, NOTHING];
 
 /// Bytes of a stream.
-const STREAM: u64 = 3_000_000;
+const STREAM: u64 = 20_000_000;
 /// Of what a full packet carries, at most, bytes.
 const SEGMENT: u64 = 1400;
 
@@ -27,16 +27,33 @@ fn streams_arrive(pair: &Pair, bytes: u64) {
     for (from, to, n) in [(&pair.a, &pair.b, 2), (&pair.b, &pair.a, 1)] {
         from.sh(&format!("head -c {bytes} /dev/urandom > /run/sent"));
         for (family, address) in [("4", format!("10.9.0.{n}")), ("6", format!("[fd00:9::{n}]"))] {
-            let receive = format!("socat -u TCP{family}-LISTEN:9000,reuseaddr - | sha256sum");
-            let mut receiver = to.command("bash");
-            let receiver = receiver.args(["-c", &receive]).stdout(Stdio::piped()).spawn().unwrap();
-            wait_for("the receiver", || !to.sh("ss -Htln sport = 9000").is_empty());
-            from.sh(&format!("socat -u FILE:/run/sent TCP{family}:{address}:9000"));
-            let received = String::from_utf8(receiver.wait_with_output().unwrap().stdout).unwrap();
-            assert_eq!(received.trim(), from.sh("sha256sum < /run/sent"));
+            let received = stream([from, to], "FILE:/run/sent", family, &address, "sha256sum");
+            assert_eq!(received, from.sh("sha256sum < /run/sent"));
         }
     }
 }
+
+/// Sends what socat reads from `source` by TCP to an address of the other host, and returns what a
+/// program there says of it.
+#[track_caller]
+fn stream(
+    [from, to]: [&Host; 2],
+    source: &str,
+    family: &str,
+    address: &str,
+    program: &str,
+) -> String {
+    let receive = format!("socat -u TCP{family}-LISTEN:9000,reuseaddr - | {program}");
+    let mut receiver = to.command("bash");
+    let receiver = receiver.args(["-c", &receive]).stdout(Stdio::piped()).spawn().unwrap();
+    wait_for("the receiver", || !to.sh("ss -Htln sport = 9000").is_empty());
+    from.sh(&format!("timeout 20 socat -u {source} TCP{family}:{address}:9000"));
+    let received = receiver.wait_with_output().unwrap().stdout;
+    String::from_utf8(received).unwrap().trim().to_owned()
+}
+
+/// Five million bytes.
+const ZEROS: &str = "SYSTEM:'head -c 5000000 /dev/zero'";
 
 /// One of the kernel's counters of a host.
 fn counter(host: &Host, name: &str) -> u64 {
@@ -103,7 +120,7 @@ fn every_fallback_speaks_with_wireguard_go() {
 pub(crate) fn every_fallback_speaks_with_the_kernel() {
     for options in OPTIONS {
         let pair = Pair::of([Maker::Gambeson(options), Maker::Kernel]);
-        streams_arrive(&pair, STREAM / 10);
+        streams_arrive(&pair, 300_000);
     }
 }
 
@@ -149,14 +166,8 @@ fn packets_of_all_sizes_pass() {
         }
         // In fragments, and as large as it gets.
         pair.a.sh("ping -n -c 2 -i 0.05 -W 2 -s 65507 10.9.0.2");
-        let bytes = "head -c 5000000 /dev/zero";
-        let mut receiver = pair.b.command("bash");
-        let receiver = receiver.args(["-c", "socat -u TCP4-LISTEN:9000,reuseaddr - | wc -c"]);
-        let receiver = receiver.stdout(Stdio::piped()).spawn().unwrap();
-        wait_for("the receiver", || !pair.b.sh("ss -Htln sport = 9000").is_empty());
-        pair.a.sh(&format!("{bytes} | timeout 20 socat -u - TCP4:10.9.0.2:9000"));
-        let received = String::from_utf8(receiver.wait_with_output().unwrap().stdout).unwrap();
-        assert_eq!(received.trim(), "5000000", "MTU {inner}");
+        let received = stream([&pair.a, &pair.b], ZEROS, "4", "10.9.0.2", "wc -c");
+        assert_eq!(received, "5000000", "MTU {inner}");
     }
 }
 
@@ -177,13 +188,7 @@ fn vxlan_fragments_and_extension_headers_pass() {
         let address = format!("10.{id}.0.2");
         pair.a.wait_for_ping(&address);
         pair.a.sh(&format!("ping -n -c 3 -i 0.05 -W 2 -s 9000 {address}"));
-        let mut receiver = pair.b.command("bash");
-        let receiver = receiver.args(["-c", "socat -u TCP4-LISTEN:9000,reuseaddr - | wc -c"]);
-        let receiver = receiver.stdout(Stdio::piped()).spawn().unwrap();
-        wait_for("the receiver", || !pair.b.sh("ss -Htln sport = 9000").is_empty());
-        pair.a.sh(&format!("head -c 5000000 /dev/zero | socat -u - TCP4:{address}:9000"));
-        let received = String::from_utf8(receiver.wait_with_output().unwrap().stdout).unwrap();
-        assert_eq!(received.trim(), "5000000");
+        assert_eq!(stream([&pair.a, &pair.b], ZEROS, "4", &address, "wc -c"), "5000000");
     }
     // Fragments of IPv6 have an extension header each.
     pair.a.sh("ping -n -c 3 -i 0.05 -W 2 -s 20000 fd00:9::2");
