@@ -11,15 +11,15 @@ folder=$(realpath "$1")
 
 # by_cargo CRATE VERSION PROGRAM
 by_cargo() {
-    [ -x "$folder/$3" ] && return
-    cargo install --quiet --locked "$1" --version "$2" --root "$folder/$1"
-    mv "$folder/$1/bin/$3" "$folder/"
-    rm -r "${folder:?}/$1"
+    [ -f "$folder/$3" ] && return
+    cargo install --quiet --locked "$1" --version "$2" --root "$folder/cargo"
+    mv "$folder/cargo/bin/$3" "$folder/"
+    rm -r "${folder:?}/cargo"
     echo "$1 $2"
 }
 by_cargo boringtun-cli 0.7.1 boringtun-cli
 by_cargo gotatun-cli 0.10.2 gotatun
-[ -x "$folder/wireguard-go" ] && exit
+[ -f "$folder/wireguard-go" ] && exit
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
