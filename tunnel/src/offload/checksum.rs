@@ -13,22 +13,28 @@ impl Sum {
     pub(super) fn of(bytes: &[u8]) -> Self {
         let mut sum = 0u64;
         // Halves of words, so that carries have room; this is what vectorises.
-        let mut words = bytes.chunks_exact(8);
-        for word in &mut words {
-            let word = word.first_chunk().map_or(0, |word| u64::from_ne_bytes(*word));
-            sum += (word & 0xffff_ffff) + (word >> 32);
+        let (words, rest) = bytes.as_chunks::<8>();
+        for word in words {
+            sum += halved(u64::from_ne_bytes(*word));
         }
-        let mut last = [0; 8];
-        last[..words.remainder().len()].copy_from_slice(words.remainder());
-        let last = u64::from_ne_bytes(last);
-        Self(sum + (last & 0xffff_ffff) + (last >> 32))
+        // By itself, not in a buffer, which could be read only once the packet is in the cache.
+        let (pairs, last) = rest.as_chunks::<2>();
+        for pair in pairs {
+            sum += u64::from(u16::from_ne_bytes(*pair));
+        }
+        Self(sum + last.first().map_or(0, |last| u64::from(u16::from_ne_bytes([*last, 0]))))
+    }
+
+    /// A 16-bit field.
+    pub(super) fn of_field(value: u16) -> Self {
+        Self(u64::from(value.to_be()))
     }
 
     /// The pseudo-header of a transport segment of `len` bytes (RFC 9293, 3.1; RFC 8200, 8.1).
     pub(super) fn pseudo_header(family: Family, packet: &[u8], protocol: u8, len: usize) -> Self {
         let addresses = packet.get(family.addresses()).unwrap_or_default();
-        let [a, b] = u16::try_from(len).unwrap_or(u16::MAX).to_be_bytes();
-        Self::of(addresses) + Self::of(&[0, protocol, a, b])
+        let len = u16::try_from(len).unwrap_or(u16::MAX);
+        Self::of(addresses) + Self::of_field(protocol.into()) + Self::of_field(len)
     }
 
     pub(super) fn fold(self) -> u16 {

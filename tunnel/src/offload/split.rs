@@ -1,11 +1,13 @@
 //! `super-packet -> packets`, in order, as the kernel's `tcp_gso_segment` and
 //! `__udp_gso_segment` do (net/ipv4/tcp_offload.c, udp_offload.c).
 
+use std::ops::Range;
+
 use super::checksum::Sum;
 use super::header::{Header, Protocol};
 use super::packet::{
-    CWR, DATA_OFFSET, FIN, FLAGS, PSH, SEQUENCE, TCP, TCP_CHECKSUM, TCP_LEN, UDP, UDP_CHECKSUM,
-    UDP_LEN, UDP_LENGTH, put, word,
+    CWR, DATA_OFFSET, FIN, PSH, SEQUENCE, TCP, TCP_CHECKSUM, TCP_LEN, UDP, UDP_CHECKSUM, UDP_LEN,
+    UDP_LENGTH, put, word,
 };
 use crate::ip::{Family, half};
 
@@ -37,6 +39,10 @@ struct Segments {
     payload: usize,
     /// Payload of each but the last, bytes.
     size: usize,
+    /// Of the IPv4 header: the sum of what all packets have in common.
+    ip: Sum,
+    /// The same of the transport header with its pseudo-header.
+    common: Sum,
 }
 
 impl<'a> Split<'a> {
@@ -73,7 +79,13 @@ impl<'a> Split<'a> {
                 if !is_sound {
                     return None;
                 }
-                How::Cut(Segments { family, is_tcp, transport, payload, size })
+                let ip = common(packet, 0, [0..2, 6..10, 12..transport]);
+                let (protocol, fields) = match is_tcp {
+                    true => (TCP, common(packet, transport, [0..4, 8..12, 14..16, 18..len])),
+                    false => (UDP, common(packet, transport, [0..4])),
+                };
+                let common = Sum::pseudo_header(family, packet, protocol, 0) + fields;
+                How::Cut(Segments { family, is_tcp, transport, payload, size, ip, common })
             }
             (Some(_), None) => return None,
         };
@@ -131,44 +143,48 @@ impl<'a> Split<'a> {
 }
 
 impl Segments {
-    /// Makes the headers those of the packet of this number.
+    /// Makes the headers those of the packet of this number. What is written is not read again: it
+    /// could be only once the packet is in the cache.
     fn number(&self, headers: &mut [u8], number: usize, is_last: bool, payload: &[u8]) {
         let len = headers.len() + payload.len();
         // A super-packet has no more packets, nor bytes, than a 16-bit length has.
-        let (number, short) = (number as u32, |len: usize| (len as u16).to_be_bytes());
+        let (number, short) = (number as u32, |len: usize| len as u16);
         match self.family {
             Family::V4 => {
-                put(headers, 2, &short(len));
                 let identification = half(headers, 4).unwrap_or(0).wrapping_add(number as u16);
+                put(headers, 2, &short(len).to_be_bytes());
                 put(headers, 4, &identification.to_be_bytes());
-                put(headers, 10, &[0; 2]);
-                Sum::of(headers.get(..self.transport).unwrap_or_default()).store(headers, 10);
+                let sum = Sum::of_field(short(len)) + Sum::of_field(identification);
+                (self.ip + sum).store(headers, 10);
             }
-            Family::V6 => put(headers, 4, &short(len - self.family.header_len())),
+            Family::V6 => put(headers, 4, &short(len - self.family.header_len()).to_be_bytes()),
         }
-        let covered = len - self.transport;
-        let (protocol, at) = match self.is_tcp {
-            true => (TCP, TCP_CHECKSUM),
-            false => (UDP, UDP_CHECKSUM),
-        };
-        let sum = Sum::pseudo_header(self.family, headers, protocol, covered) + Sum::of(payload);
+        let covered = short(len - self.transport);
+        let sum = self.common + Sum::of_field(covered) + Sum::of(payload);
         let transport = headers.get_mut(self.transport..).unwrap_or_default();
         if self.is_tcp {
             let sequence = word(transport, SEQUENCE).unwrap_or(0);
             let sequence = sequence.wrapping_add(number.wrapping_mul(self.size as u32));
+            let mut flags = half(transport, DATA_OFFSET).unwrap_or(0);
+            flags &= if is_last { !0 } else { !u16::from(FIN | PSH) };
+            flags &= if number == 0 { !0 } else { !u16::from(CWR) };
             put(transport, SEQUENCE, &sequence.to_be_bytes());
-            if let Some(flags) = transport.get_mut(FLAGS) {
-                *flags &= if is_last { !0 } else { !(FIN | PSH) };
-                *flags &= if number == 0 { !0 } else { !CWR };
-            }
+            put(transport, DATA_OFFSET, &flags.to_be_bytes());
+            let sequence = Sum::of_field((sequence >> 16) as u16) + Sum::of_field(sequence as u16);
+            (sum + sequence + Sum::of_field(flags)).store(transport, TCP_CHECKSUM);
         } else {
-            put(transport, UDP_LENGTH, &short(covered));
-        }
-        put(transport, at, &[0; 2]);
-        // Headers are of an even length, so that the payload's words are in place.
-        (sum + Sum::of(transport)).store(transport, at);
-        if !self.is_tcp && half(transport, at) == Some(0) {
-            put(transport, at, &[0xff; 2]);
+            put(transport, UDP_LENGTH, &covered.to_be_bytes());
+            let checksum = !(sum + Sum::of_field(covered)).fold();
+            // In UDP, 0 says that there is none (RFC 768).
+            let checksum = if checksum == 0 { 0xffff } else { checksum };
+            put(transport, UDP_CHECKSUM, &checksum.to_ne_bytes());
         }
     }
+}
+
+/// The sum of fields of a header, which begins at `at`.
+fn common<const N: usize>(packet: &[u8], at: usize, fields: [Range<usize>; N]) -> Sum {
+    let header = packet.get(at..).unwrap_or_default();
+    let sum = |field: Range<usize>| Sum::of(header.get(field).unwrap_or_default());
+    fields.into_iter().fold(Sum::default(), |all, field| all + sum(field))
 }
