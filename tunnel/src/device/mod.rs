@@ -24,7 +24,7 @@ use crate::endpoint::{Endpoint, Source};
 use crate::ip;
 use crate::noise::{COOKIE_LEN, Claimed, DATA_HEADER, Message, Verdict};
 use config::Config;
-use peer::{Peer, State};
+use peer::{Packet, Peer, State};
 use tables::Tables;
 
 /// How often [`Device::tick`] is due.
@@ -108,12 +108,22 @@ impl Device {
         let now = self.now();
         let mtu = self.mtu.load(Ordering::Relaxed);
         let mut held = Held::default();
-        for packet in batch.packets() {
-            let Some(peer) = ip::destination(packet.bytes()).and_then(|to| tables.route(to)) else {
+        let routed = batch.packets().filter_map(|packet| {
+            let peer = ip::destination(packet.bytes()).and_then(|to| tables.route(to));
+            if peer.is_none() {
                 tracing::trace!("no peer for a packet");
-                continue;
-            };
-            held.lock(peer).seal(peer, &packet, mtu, now, outbox);
+            }
+            Some((peer?, packet))
+        });
+        let mut packets = routed
+            .flat_map(|(peer, packet)| Packet::all(packet, mtu).map(move |packet| (peer, packet)))
+            .peekable();
+        while let Some((peer, packet)) = packets.next() {
+            let state = held.lock(peer);
+            match packets.next_if(|(next, _)| next.id == peer.id) {
+                Some((_, next)) => state.seal_two(peer, [&packet, &next], now, outbox),
+                None => state.seal(peer, &packet, now, outbox),
+            }
         }
     }
 
@@ -134,7 +144,8 @@ impl Device {
         let now = self.now();
         let mut held = Held::default();
         let mut last = None;
-        for mut datagram in datagrams {
+        let mut datagrams = datagrams.into_iter().peekable();
+        while let Some(mut datagram) = datagrams.next() {
             let receiver = match Message::of(datagram.bytes) {
                 Some(Message::Data { receiver }) => receiver,
                 Some(_) => {
@@ -143,6 +154,9 @@ impl Device {
                 }
                 None => continue,
             };
+            let mut other = datagrams.next_if(
+                |next| matches!(Message::of(next.bytes), Some(Message::Data { receiver: its }) if its == receiver),
+            );
             // Neighbours are mostly of one session.
             let peer = match last {
                 Some((index, peer)) if index == receiver => peer,
@@ -151,22 +165,9 @@ impl Device {
             last = Some((receiver, peer));
             let Some(peer) = peer else { continue };
             let state = held.lock(peer);
-            let opened = state.open(peer, receiver, &mut datagram, now);
-            let Datagram { bytes, ecn, .. } = datagram;
-            if let Some(len) = opened
-                && let Some(packet) = bytes.get_mut(DATA_HEADER..DATA_HEADER + len)
-            {
-                if ecn == ip::CE {
-                    ip::set_congested(packet);
-                }
-                // The owner of the source over ALL peers: a shorter prefix of this peer does
-                // not let it speak for the owner of a longer one.
-                let owner = ip::source(packet).and_then(|from| tables.allowed(from));
-                if owner == Some(peer.id) {
-                    packets.push(packet);
-                } else {
-                    tracing::trace!(peer = %peer, "dropped a packet with a foreign source");
-                }
+            let lens = state.open(peer, receiver, &mut datagram, other.as_mut(), now);
+            for (datagram, len) in std::iter::once(datagram).chain(other).zip(lens) {
+                packets.extend(len.and_then(|len| packet_of(peer, &tables, datagram, len)));
             }
             state.flush(peer, now, outbox);
         }
@@ -260,6 +261,27 @@ impl Device {
     fn now(&self) -> u64 {
         self.clock.load(Ordering::Relaxed)
     }
+}
+
+/// The packet in an opened message, if its source is the peer's.
+fn packet_of<'d>(
+    peer: &Peer,
+    tables: &Tables,
+    Datagram { bytes, ecn, .. }: Datagram<'d>,
+    len: usize,
+) -> Option<&'d [u8]> {
+    let packet = bytes.get_mut(DATA_HEADER..DATA_HEADER + len)?;
+    if ecn == ip::CE {
+        ip::set_congested(packet);
+    }
+    // The owner of the source over ALL peers: a shorter prefix of this peer does not let it speak
+    // for the owner of a longer one.
+    let owner = ip::source(packet).and_then(|from| tables.allowed(from));
+    if owner != Some(peer.id) {
+        tracing::trace!(peer = %peer, "dropped a packet with a foreign source");
+        return None;
+    }
+    Some(packet)
 }
 
 /// Stop sending what waited for a session once this much is in the outbox, bytes.

@@ -42,6 +42,39 @@ pub(super) struct State {
     pub(super) sent: u64,
 }
 
+/// A packet to seal: one of those that a super-packet is cut into.
+pub(super) struct Packet<'a> {
+    of: Split<'a>,
+    number: usize,
+    len: usize,
+    /// With its padding, which does not go beyond the MTU: a full-sized packet with padding would
+    /// no longer fit the underlay.
+    padded: usize,
+}
+
+impl<'a> Packet<'a> {
+    /// What a super-packet is cut into, in order.
+    pub(super) fn all(of: Split<'a>, mtu: usize) -> impl Iterator<Item = Self> {
+        (0..of.count()).map(move |number| {
+            let len = of.len(number);
+            let padded = len.next_multiple_of(PADDING).min(mtu).max(len);
+            Self { of, number, len, padded }
+        })
+    }
+
+    fn ecn(&self) -> u8 {
+        ip::ecn(self.of.bytes())
+    }
+
+    /// Writes it behind the place for the header.
+    fn write(&self, out: &mut [u8]) {
+        let (text, rest) = out[DATA_HEADER..].split_at_mut(self.len);
+        self.of.write(self.number, text);
+        // Stale bytes of an earlier batch must not leave as padding.
+        rest[..self.padded - self.len].fill(0);
+    }
+}
+
 impl Peer {
     pub(super) fn new(
         id: PeerId,
@@ -78,51 +111,78 @@ impl fmt::Display for Peer {
 }
 
 impl State {
-    /// Seals a packet, or each that a super-packet is cut into, or starts the handshake that they
-    /// then wait for. Padding does not go beyond the MTU: a full-sized packet with padding would
-    /// no longer fit the underlay.
-    pub(super) fn seal(
-        &mut self,
-        peer: &Peer,
-        packet: &Split<'_>,
-        mtu: usize,
-        now: u64,
-        outbox: &mut Outbox,
-    ) {
+    /// Seals a packet, or starts the handshake that it then waits for.
+    pub(super) fn seal(&mut self, peer: &Peer, packet: &Packet<'_>, now: u64, outbox: &mut Outbox) {
         let Some(endpoint) = self.endpoint else { return };
         self.wake(peer);
-        let to = Destination::of_packet(endpoint, peer.id, ip::ecn(packet.bytes()));
-        for number in 0..packet.count() {
-            let len = packet.len(number);
-            let padded = len.next_multiple_of(PADDING).min(mtu).max(len);
-            let out = outbox.space(HANDSHAKE_LEN.max(padded + OVERHEAD));
-            let (text, rest) = out[DATA_HEADER..].split_at_mut(len);
-            packet.write(number, text);
-            // Stale bytes of an earlier batch must not leave as padding.
-            rest[..padded - len].fill(0);
-            match self.noise.seal(padded, now, out) {
-                Sealed::Datagram(len) => {
-                    outbox.commit(len, to);
-                    self.count_sent(len, now);
-                }
-                Sealed::Initiation(len) => self.commit(peer, len, endpoint, now, outbox),
-                Sealed::Waiting | Sealed::Refused => {}
+        let out = outbox.space(HANDSHAKE_LEN.max(packet.padded + OVERHEAD));
+        packet.write(out);
+        match self.noise.seal(packet.padded, now, out) {
+            Sealed::Datagram(len) => {
+                outbox.commit(len, Destination::of_packet(endpoint, peer.id, packet.ecn()));
+                self.count_sent(len, now);
             }
+            Sealed::Initiation(len) => self.commit(peer, len, endpoint, now, outbox),
+            Sealed::Waiting | Sealed::Refused => {}
         }
     }
 
-    /// Opens one data message in its place. The length of the packet behind its header is
-    /// returned, whose source is still to be checked.
+    /// Seals two packets, which takes less than each by itself.
+    pub(super) fn seal_two(
+        &mut self,
+        peer: &Peer,
+        packets: [&Packet<'_>; 2],
+        now: u64,
+        outbox: &mut Outbox,
+    ) {
+        let lens = packets.map(|packet| packet.padded);
+        if let Some(endpoint) = self.endpoint
+            && self.noise.has_session(now)
+        {
+            self.wake(peer);
+            let out = outbox.space(lens[0] + lens[1] + 2 * OVERHEAD);
+            let (one, other) = out.split_at_mut(lens[0] + OVERHEAD);
+            packets[0].write(one);
+            packets[1].write(other);
+            if let Some(lens) = self.noise.seal_two(lens, now, [one, other]) {
+                for (len, packet) in lens.into_iter().zip(packets) {
+                    outbox.commit(len, Destination::of_packet(endpoint, peer.id, packet.ecn()));
+                    self.count_sent(len, now);
+                }
+                return;
+            }
+        }
+        packets.into_iter().for_each(|packet| self.seal(peer, packet, now, outbox));
+    }
+
+    /// Opens a data message in its place, and another one to the same index. The lengths of the
+    /// packets behind their headers are returned, whose sources are still to be checked.
     pub(super) fn open(
         &mut self,
         peer: &Peer,
         receiver: u32,
         datagram: &mut Datagram<'_>,
+        other: Option<&mut Datagram<'_>>,
+        now: u64,
+    ) -> [Option<usize>; 2] {
+        let Some(other) = other else {
+            let opened = self.noise.open(receiver, datagram.bytes, now);
+            return [self.opened(peer, &opened, datagram, now), None];
+        };
+        let messages = [&mut *datagram.bytes, &mut *other.bytes];
+        let [first, second] = self.noise.open_two(receiver, messages, now);
+        [self.opened(peer, &first, datagram, now), self.opened(peer, &second, other, now)]
+    }
+
+    fn opened(
+        &mut self,
+        peer: &Peer,
+        opened: &Opened,
+        datagram: &Datagram<'_>,
         now: u64,
     ) -> Option<usize> {
-        let opened = self.noise.open(receiver, datagram.bytes, now);
-        self.heard(peer, &opened, datagram, now);
-        match opened {
+        self.heard(peer, opened, datagram, now);
+        match *opened {
             Opened::Packet(len) => Some(len),
             _ => None,
         }

@@ -40,7 +40,7 @@ use cookie::Jar;
 use crypto::{Key, agree};
 use handshake::{Initiated, Timestamp};
 use remote::Remote;
-use session::{Session, Sessions};
+use session::{Received, Session, Sessions};
 use timers::{Due, Timers};
 
 /// What sealing adds to a packet, bytes.
@@ -198,6 +198,21 @@ impl Noise {
         }
     }
 
+    /// Seals two packets, each as [`Noise::seal`] does. `None` without a session for them.
+    pub(crate) fn seal_two(
+        &mut self,
+        lens: [usize; 2],
+        now: u64,
+        outs: [&mut [u8]; 2],
+    ) -> Option<[usize; 2]> {
+        self.local.as_ref()?;
+        let session = self.sessions.current_mut(now)?;
+        let sealed = session.seal_two(lens, outs)?;
+        self.is_due |= session.is_old(now);
+        self.timers.sent(now, true);
+        Some(sealed)
+    }
+
     /// Whether packets wait, and there is a session for them.
     pub(crate) fn has_queued(&self, now: u64) -> bool {
         !self.waiting.is_empty() && self.has_session(now)
@@ -218,9 +233,24 @@ impl Noise {
 
     /// Opens a data message in its place: the packet is behind [`DATA_HEADER`].
     pub(crate) fn open(&mut self, receiver: u32, datagram: &mut [u8], now: u64) -> Opened {
-        let Some(received) = self.sessions.open(receiver, datagram, now) else {
-            return Opened::Refused;
-        };
+        let received = self.sessions.open(receiver, datagram, now);
+        received.map_or(Opened::Refused, |received| self.received(&received, datagram, now))
+    }
+
+    /// Opens two data messages to one index, each as [`Noise::open`] does.
+    pub(crate) fn open_two(
+        &mut self,
+        receiver: u32,
+        [one, other]: [&mut [u8]; 2],
+        now: u64,
+    ) -> [Opened; 2] {
+        let [first, second] = self.sessions.open_two(receiver, [&mut *one, &mut *other], now);
+        [(first, one), (second, other)].map(|(received, datagram)| {
+            received.map_or(Opened::Refused, |received| self.received(&received, datagram, now))
+        })
+    }
+
+    fn received(&mut self, received: &Received, datagram: &[u8], now: u64) -> Opened {
         if received.is_first {
             self.established();
         }

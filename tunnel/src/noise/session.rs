@@ -1,7 +1,7 @@
 //! A session: a key for each direction, counters, and an age (WireGuard paper, 5.4.6).
 
 use super::OVERHEAD;
-use super::aead::Cipher;
+use super::aead::{Cipher, Tag};
 use super::erase::Erased;
 use super::handshake::Agreed;
 use super::indices::Index;
@@ -66,34 +66,78 @@ impl Session {
             || (self.is_initiator && self.age(now) >= REKEY_AFTER_TIME)
     }
 
-    fn is(&self, index: u32) -> bool {
-        self.ours.value() == index
+    /// Whether a message to this index is for it.
+    fn is_named(&self, index: u32, now: u64) -> bool {
+        self.ours.value() == index && self.is_alive(now)
     }
 
     /// Seals the `len` bytes that are behind the place for the header in `out`, which has room
     /// for [`OVERHEAD`] more.
     pub(super) fn seal(&mut self, len: usize, out: &mut [u8]) -> Option<usize> {
+        let (counter, text, tag) = self.begin(len, out)?;
+        *tag = self.sealing.get().seal(counter, text)?;
+        Some(len + OVERHEAD)
+    }
+
+    /// Seals two packets, as [`Session::seal`] does one.
+    pub(super) fn seal_two(
+        &mut self,
+        lens: [usize; 2],
+        [out, other_out]: [&mut [u8]; 2],
+    ) -> Option<[usize; 2]> {
+        let (counter, text, tag) = self.begin(lens[0], out)?;
+        let (other_counter, other_text, other_tag) = self.begin(lens[1], other_out)?;
+        let counters = [counter, other_counter];
+        let [one, other] = self.sealing.get().seal_two(counters, [text, other_text]);
+        (*tag, *other_tag) = (one?, other?);
+        Some(lens.map(|len| len + OVERHEAD))
+    }
+
+    /// Writes the header of the next message. Returns its counter, its text and the place for its
+    /// tag.
+    fn begin<'o>(
+        &mut self,
+        len: usize,
+        out: &'o mut [u8],
+    ) -> Option<(u64, &'o mut [u8], &'o mut Tag)> {
         let counter = self.counter;
         if counter >= REJECT_AFTER_MESSAGES {
             return None;
         }
         let out = out.get_mut(..len + OVERHEAD)?;
         let (header, body) = out.split_at_mut(DATA_HEADER);
-        let (text, tag) = body.split_at_mut(len);
+        let (text, tag) = body.split_last_chunk_mut()?;
         header[..4].copy_from_slice(&DATA.to_le_bytes());
         header[4..8].copy_from_slice(&self.theirs.to_le_bytes());
         header[8..].copy_from_slice(&counter.to_le_bytes());
         self.counter += 1;
-        tag.copy_from_slice(&self.sealing.get().seal(counter, text)?);
-        Some(out.len())
+        Some((counter, text, tag))
+    }
+
+    /// Opens two messages in their places, as [`Session::open`] does one.
+    fn open_two(&mut self, [one, other]: [&mut [u8]; 2]) -> [Option<usize>; 2] {
+        if let (Some(counter), Some(other_counter)) = (self.counter(one), self.counter(other))
+            && let Some(sealed) = one.get_mut(DATA_HEADER..)
+            && let Some(other_sealed) = other.get_mut(DATA_HEADER..)
+        {
+            let counters = [counter, other_counter];
+            let [len, other_len] = self.opening.get().open_two(counters, [sealed, other_sealed]);
+            // In this order: they may have one counter.
+            let len = len.filter(|_| self.replay.accept(counter));
+            return [len, other_len.filter(|_| self.replay.accept(other_counter))];
+        }
+        [self.open(one), self.open(other)]
+    }
+
+    /// The counter of a message that is worth opening.
+    fn counter(&self, datagram: &[u8]) -> Option<u64> {
+        let counter = u64::from_le_bytes(array(datagram, 8)?);
+        (counter < REJECT_AFTER_MESSAGES && self.replay.is_new(counter)).then_some(counter)
     }
 
     /// Opens a message in its place. Returns how many bytes of plaintext follow the header.
     fn open(&mut self, datagram: &mut [u8]) -> Option<usize> {
-        let counter = u64::from_le_bytes(array(datagram, 8)?);
-        if counter >= REJECT_AFTER_MESSAGES || !self.replay.is_new(counter) {
-            return None;
-        }
+        let counter = self.counter(datagram)?;
         let len = self.opening.get().open(counter, datagram.get_mut(DATA_HEADER..)?)?;
         self.replay.accept(counter).then_some(len)
     }
@@ -119,6 +163,12 @@ pub(super) struct Received {
     pub(super) is_first: bool,
 }
 
+impl Received {
+    fn later(len: usize) -> Self {
+        Self { len, is_first: false }
+    }
+}
+
 impl Sessions {
     /// What to send with.
     pub(super) fn current(&self, now: u64) -> Option<&Session> {
@@ -129,6 +179,20 @@ impl Sessions {
         self.current.as_deref_mut().filter(|session| session.is_alive(now))
     }
 
+    /// Opens two messages in their places, as [`Sessions::open`] does one, with the session that
+    /// both name.
+    pub(super) fn open_two(
+        &mut self,
+        receiver: u32,
+        [one, other]: [&mut [u8]; 2],
+        now: u64,
+    ) -> [Option<Received>; 2] {
+        match self.used(receiver, now) {
+            Some(session) => session.open_two([one, other]).map(|len| len.map(Received::later)),
+            None => [self.open(receiver, one, now), self.open(receiver, other, now)],
+        }
+    }
+
     /// Opens a message in its place, with the session that it names. The first one of a session
     /// that we have answered with makes it the current one.
     pub(super) fn open(
@@ -137,17 +201,22 @@ impl Sessions {
         datagram: &mut [u8],
         now: u64,
     ) -> Option<Received> {
-        let named = |session: &&mut Session| session.is(receiver) && session.is_alive(now);
-        let current = self.current.as_deref_mut();
-        let used = current.into_iter().chain(&mut self.previous).find(named);
-        if let Some(session) = used {
-            return Some(Received { len: session.open(datagram)?, is_first: false });
+        if let Some(session) = self.used(receiver, now) {
+            return session.open(datagram).map(Received::later);
         }
-        let len = self.next.as_deref_mut().into_iter().find(named)?.open(datagram)?;
+        let next = self.next.as_deref_mut().filter(|session| session.is_named(receiver, now));
+        let len = next?.open(datagram)?;
         if let Some(session) = self.next.take() {
             self.switch(session);
         }
         Some(Received { len, is_first: true })
+    }
+
+    /// The session of this index, if it is in use already.
+    fn used(&mut self, receiver: u32, now: u64) -> Option<&mut Session> {
+        let current = self.current.as_deref_mut();
+        let mut used = current.into_iter().chain(&mut self.previous);
+        used.find(|session| session.is_named(receiver, now))
     }
 
     /// Takes a session whose initiation we made: the response proves that the peer has it.

@@ -82,7 +82,7 @@ impl<'a> Split<'a> {
                 let ip = common(packet, 0, [0..2, 6..10, 12..transport]);
                 let (protocol, fields) = match is_tcp {
                     true => (TCP, common(packet, transport, [0..4, 8..12, 14..16, 18..len])),
-                    false => (UDP, common(packet, transport, [0..4])),
+                    false => (UDP, common(packet, transport, [0..2, 2..4])),
                 };
                 let common = Sum::pseudo_header(family, packet, protocol, 0) + fields;
                 How::Cut(Segments { family, is_tcp, transport, payload, size, ip, common })

@@ -52,13 +52,49 @@ impl Cipher {
         Some(Self { ring: ring_key(key)?, wide: is_wide.then(|| avx512::Key::new(key)).flatten() })
     }
 
+    /// Seals two texts in their places, each with its counter.
+    pub(super) fn seal_two(
+        &self,
+        counters: [u64; 2],
+        [one, other]: [&mut [u8]; 2],
+    ) -> [Option<Tag>; 2] {
+        match &self.wide {
+            Some(key) if one.len() + other.len() >= LONG => {
+                key.seal(counters, [one, other]).map(Some)
+            }
+            _ => [self.seal(counters[0], one), self.seal(counters[1], other)],
+        }
+    }
+
     /// Seals a text in its place.
     pub(super) fn seal(&self, counter: u64, text: &mut [u8]) -> Option<Tag> {
         if let Some(key) = self.wide.as_ref().filter(|_| text.len() >= LONG) {
-            return Some(key.seal(counter, text));
+            let [tag, _] = key.seal([counter; 2], [text, &mut []]);
+            return Some(tag);
         }
         let tag = self.ring.seal_in_place_separate_tag(nonce(counter), Aad::empty(), text).ok()?;
         tag.as_ref().try_into().ok()
+    }
+
+    /// Opens two texts, as [`Cipher::open`] does.
+    pub(super) fn open_two(
+        &self,
+        counters: [u64; 2],
+        [one, other]: [&mut [u8]; 2],
+    ) -> [Option<usize>; 2] {
+        if let Some(key) = &self.wide
+            && one.len() + other.len() >= LONG
+            && let Some((text, tag)) = one.split_last_chunk_mut::<TAG>()
+            && let Some((other_text, other_tag)) = other.split_last_chunk_mut::<TAG>()
+        {
+            let lens = [text.len(), other_text.len()];
+            let are_tags = |[right, other_right]: [Tag; 2]| {
+                [right.ct_eq(tag).into(), other_right.ct_eq(other_tag).into()]
+            };
+            let [is_authentic, other_is] = key.open(counters, [text, other_text], are_tags);
+            return [is_authentic.then_some(lens[0]), other_is.then_some(lens[1])];
+        }
+        [self.open(counters[0], one), self.open(counters[1], other)]
     }
 
     /// Opens a text with its tag in its place. Returns the length of the text; `None` if it is not
@@ -67,7 +103,9 @@ impl Cipher {
         let len = sealed.len().checked_sub(TAG)?;
         if let Some(key) = self.wide.as_ref().filter(|_| len >= LONG) {
             let (text, tag) = sealed.split_last_chunk_mut::<TAG>()?;
-            return key.open(counter, text, |right| right.ct_eq(tag).into()).then_some(len);
+            let is_tag = |[right, _]: [Tag; 2]| [right.ct_eq(tag).into(), false];
+            let [is_authentic, _] = key.open([counter; 2], [text, &mut []], is_tag);
+            return is_authentic.then_some(len);
         }
         self.ring.open_in_place(nonce(counter), Aad::empty(), sealed).ok()?;
         Some(len)
@@ -91,19 +129,25 @@ fn is_wide_right() -> bool {
     static IS_RIGHT: OnceLock<bool> = OnceLock::new();
     *IS_RIGHT.get_or_init(|| {
         let key = std::array::from_fn(|n| n as u8);
-        let agrees = |len: usize| {
+        let agree = |lens: [usize; 2]| {
             let (ring, wide) = (Cipher::of(&key, false)?, avx512::Key::new(&key)?);
-            let mut text: Vec<u8> = (0..len).map(|n| n as u8).collect();
-            let mut same = text.clone();
-            let counter = u64::MAX - len as u64;
-            let tag = wide.seal(counter, &mut text);
-            let right = ring.seal(counter, &mut same)? == tag && same == text;
-            Some(right && wide.open(counter, &mut text, |right| *right == tag))
+            let [mut one, mut other] =
+                lens.map(|len| (0..len).map(|n| n as u8).collect::<Vec<_>>());
+            let [mut same, mut other_same] = [one.clone(), other.clone()];
+            let counters = [u64::MAX - lens[0] as u64, lens[1] as u64];
+            let tags = wide.seal(counters, [&mut one, &mut other]);
+            let right =
+                [ring.seal(counters[0], &mut same)?, ring.seal(counters[1], &mut other_same)?];
+            let is_right = tags == right && (&one, &other) == (&same, &other_same);
+            let opened = wide.open(counters, [&mut one, &mut other], |right| {
+                [0, 1].map(|n| right[n] == tags[n])
+            });
+            Some(is_right && opened == [true; 2])
         };
         avx512::is_supported()
-            && [0, 1, 64, 112, 113, 1440, 1472, 1473, 9000, 65_519]
+            && [[0, 1], [64, 0], [112, 113], [1440, 1440], [1472, 1473], [9000, 52], [52, 65_519]]
                 .into_iter()
-                .all(|len| agrees(len) == Some(true))
+                .all(|lens| agree(lens) == Some(true))
     })
 }
 

@@ -31,7 +31,59 @@ fn messages_of_each_length_are_rings() {
     }
 }
 
+#[test]
+fn two_messages_of_any_lengths_are_rings() {
+    let Some([ring, wide]) = both(&[9; 32]) else { return };
+    for len in 0..2500_usize {
+        let lens = [len, (len * 7919) % 2600];
+        let plain = lens.map(|len| (0..len).map(|n| (n * 5 + len) as u8).collect::<Vec<_>>());
+        let counters = [len as u64 * 0x0012_3456_789a, !(len as u64)];
+        let (mut one, mut other) = (plain.clone(), plain.clone());
+        let [a, b] = &mut one;
+        let tags = [ring.seal(counters[0], a), ring.seal(counters[1], b)];
+        let [a, b] = &mut other;
+        assert_eq!(wide.seal_two(counters, [a, b]), tags, "{lens:?}");
+        assert!(one == other, "{lens:?}");
+        for (sealed, tag) in other.iter_mut().zip(tags) {
+            sealed.extend(tag.unwrap());
+        }
+        let [a, b] = &mut other;
+        assert_eq!(wide.open_two(counters, [a, b]), lens.map(Some));
+        assert!(other.iter().zip(&plain).all(|(opened, plain)| opened.starts_with(plain)));
+    }
+}
+
 proptest! {
+    #[test]
+    fn one_damaged_message_of_two_is_refused(
+        counters in any::<[u64; 2]>(),
+        texts in any::<[u8; 2]>().prop_flat_map(|[a, b]| {
+            let bytes = |len: u8| prop::collection::vec(any::<u8>(), usize::from(len) * 8);
+            [bytes(a), bytes(b)]
+        }),
+        which in 0usize..2,
+        damage in any::<prop::sample::Index>(),
+        bit in 0u8..8,
+    ) {
+        let Some(ciphers) = both(&[3; 32]) else { return Ok(()) };
+        let mut sealed = texts.clone();
+        let [a, b] = &mut sealed;
+        let tags = ciphers[1].seal_two(counters, [a, b]);
+        for (text, tag) in sealed.iter_mut().zip(tags) {
+            text.extend(tag.unwrap());
+        }
+        let at = damage.index(sealed[which].len());
+        sealed[which][at] ^= 1 << bit;
+        for cipher in ciphers {
+            let mut opened = sealed.clone();
+            let [a, b] = &mut opened;
+            let lens = cipher.open_two(counters, [a, b]);
+            prop_assert_eq!(lens[which], None);
+            prop_assert_eq!(lens[1 - which], Some(texts[1 - which].len()));
+            prop_assert!(opened[1 - which].starts_with(&texts[1 - which]));
+        }
+    }
+
     #[test]
     fn what_is_damaged_is_refused_and_the_rest_is_rings(
         key in any::<[u8; 32]>(),
