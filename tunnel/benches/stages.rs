@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use gambeson_tunnel::internals::{HEADER_LEN, Merger, Routes, pair, split};
-use gambeson_tunnel::{Batch, Datagram, Device, Outbox};
+use gambeson_tunnel::{Batch, Datagram, Device, Origin, Outbox};
 
 /// Of a packet through a tunnel over an underlay of 1,500 bytes, bytes.
 const PACKET: usize = 1440;
@@ -70,7 +70,8 @@ fn pass(to: &Device, outbox: &Outbox, answers: &mut Outbox) -> usize {
 
 fn open(device: &Device, datagrams: &mut [Vec<u8>], answers: &mut Outbox) -> usize {
     let from = SocketAddr::from(([192, 0, 2, 1], 9));
-    let datagrams = datagrams.iter_mut().map(|bytes| Datagram { bytes, from, to: None, ecn: 0 });
+    let origin = Origin { from, to: None, ecn: 0 };
+    let datagrams = datagrams.iter_mut().map(|bytes| Datagram { bytes, origin: &origin });
     let (mut packets, mut handshakes) = (Vec::with_capacity(PACKETS), Vec::new());
     device.open(datagrams, &mut packets, answers, |message| handshakes.push(message));
     let count = packets.len();

@@ -1,12 +1,10 @@
 //! Handshake messages on their way from the thread that receives them to the one that answers,
 //! so that data messages do not wait for computations.
 
-use std::net::SocketAddr;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 
 use crate::batch::Outbox;
-use crate::device::Datagram;
-use crate::endpoint::Source;
+use crate::device::{Datagram, Origin};
 use crate::noise::HANDSHAKE_LEN;
 use crate::shared::Shared;
 
@@ -19,8 +17,7 @@ const BATCH: usize = 16;
 pub(crate) struct Handshake {
     bytes: [u8; HANDSHAKE_LEN],
     len: usize,
-    from: SocketAddr,
-    to: Option<Source>,
+    origin: Origin,
 }
 
 /// The end that messages are put in at.
@@ -35,9 +32,9 @@ pub(crate) fn queue() -> (Handshakes, Receiver<Handshake>) {
 impl Handshakes {
     /// Lets a message wait, or drops it if there are too many.
     pub(crate) fn push(&self, datagram: &Datagram<'_>) {
-        let Datagram { bytes, from, to, .. } = datagram;
-        let (len, from, to) = (bytes.len(), *from, *to);
-        let mut handshake = Handshake { bytes: [0; HANDSHAKE_LEN], len, from, to };
+        let Datagram { bytes, origin } = datagram;
+        let (len, origin) = (bytes.len(), **origin);
+        let mut handshake = Handshake { bytes: [0; HANDSHAKE_LEN], len, origin };
         let Some(room) = handshake.bytes.get_mut(..bytes.len()) else { return };
         room.copy_from_slice(bytes);
         let _ = self.0.try_send(handshake);
@@ -47,7 +44,7 @@ impl Handshakes {
 impl Handshake {
     fn datagram(&mut self) -> Datagram<'_> {
         let bytes = self.bytes.get_mut(..self.len).unwrap_or_default();
-        Datagram { bytes, from: self.from, to: self.to, ecn: 0 }
+        Datagram { bytes, origin: &self.origin }
     }
 }
 

@@ -31,7 +31,7 @@ mod worker;
 
 pub use batch::{Batch, Destination, Outbox};
 pub use device::{
-    AllowedIpChange, Datagram, Device, DeviceUpdate, PeerId, PeerStatus, PeerUpdate, TICK,
+    AllowedIpChange, Datagram, Device, DeviceUpdate, Origin, PeerId, PeerStatus, PeerUpdate, TICK,
 };
 pub use endpoint::{Endpoint, Source};
 pub use error::TunnelError;

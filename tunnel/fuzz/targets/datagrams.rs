@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use gambeson_tunnel::internals::pair;
-use gambeson_tunnel::{Batch, Datagram, Device, Outbox};
+use gambeson_tunnel::{Batch, Datagram, Device, Origin, Outbox};
 use libfuzzer_sys::fuzz_target;
 
 /// A device and where it is.
@@ -29,7 +29,7 @@ impl End {
         let mut outbox = Outbox::new();
         let mut packets = Vec::new();
         let mut handshakes = Vec::new();
-        let datagram = Datagram { bytes, from, to: None, ecn: 0 };
+        let datagram = Datagram { bytes, origin: &Origin { from, to: None, ecn: 0 } };
         self.device.open([datagram], &mut packets, &mut outbox, |message| {
             handshakes.push(message);
         });

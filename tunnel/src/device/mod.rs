@@ -50,6 +50,13 @@ pub struct Device {
 pub struct Datagram<'a> {
     /// The payload, which is opened in its place.
     pub bytes: &'a mut [u8],
+    /// How it came, as its neighbours of one receive did.
+    pub origin: &'a Origin,
+}
+
+/// How a datagram came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin {
     /// Who sent it.
     pub from: SocketAddr,
     /// The address of ours that it was sent to, if known.
@@ -185,7 +192,7 @@ impl Device {
         let Some(message) = Message::of(datagram.bytes) else { return };
         if matches!(message, Message::Initiation | Message::Response { .. }) {
             let reply = outbox.space(COOKIE_LEN);
-            match identity.gate.check(datagram.from, datagram.bytes, now, reply) {
+            match identity.gate.check(datagram.origin.from, datagram.bytes, now, reply) {
                 Verdict::Answer => {}
                 Verdict::Cookie(len) => {
                     return outbox
@@ -267,11 +274,11 @@ impl Device {
 fn packet_of<'d>(
     peer: &Peer,
     tables: &Tables,
-    Datagram { bytes, ecn, .. }: Datagram<'d>,
+    Datagram { bytes, origin }: Datagram<'d>,
     len: usize,
 ) -> Option<&'d [u8]> {
     let packet = bytes.get_mut(DATA_HEADER..DATA_HEADER + len)?;
-    if ecn == ip::CE {
+    if origin.ecn == ip::CE {
         ip::set_congested(packet);
     }
     // The owner of the source over ALL peers: a shorter prefix of this peer does not let it speak
@@ -289,7 +296,7 @@ const FLUSH_LIMIT: usize = 4 << 20;
 
 impl Datagram<'_> {
     fn endpoint(&self) -> Endpoint {
-        Endpoint { source: self.to, ..Endpoint::new(self.from) }
+        Endpoint { source: self.origin.to, ..Endpoint::new(self.origin.from) }
     }
 }
 

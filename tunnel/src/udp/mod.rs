@@ -228,6 +228,7 @@ mod tests {
     use std::net::SocketAddr;
 
     use super::*;
+    use crate::device::Origin;
     use crate::endpoint::Source;
 
     fn exchange(segment: usize, lengths: &[usize]) {
@@ -250,9 +251,9 @@ mod tests {
             crate::worker::wait(&[socket]).unwrap();
             buffers.receive(socket).unwrap();
             got.extend(buffers.datagrams().map(|datagram| {
-                assert_eq!(datagram.to, Some(Source::new([127, 0, 0, 7].into(), 1)));
-                assert_eq!(datagram.ecn, 2);
-                assert_eq!(datagram.from, SocketAddr::from(([127, 0, 0, 5], sender.port())));
+                let from = SocketAddr::from(([127, 0, 0, 5], sender.port()));
+                let to = Some(Source::new([127, 0, 0, 7].into(), 1));
+                assert_eq!(*datagram.origin, Origin { from, to, ecn: 2 });
                 datagram.bytes.to_vec()
             }));
         }
@@ -283,7 +284,7 @@ mod tests {
                 for _ in 0..32 {
                     buffers.receive(socket).unwrap();
                     for datagram in buffers.datagrams() {
-                        workers.entry(datagram.from.port()).or_default().push(worker);
+                        workers.entry(datagram.origin.from.port()).or_default().push(worker);
                     }
                 }
             }

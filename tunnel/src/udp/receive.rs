@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::message::{CONTROL, Control};
 use crate::batch::MAX_PACKET;
-use crate::device::Datagram;
+use crate::device::{Datagram, Origin};
 use crate::endpoint::Source;
 use crate::ip;
 
@@ -27,7 +27,7 @@ pub(crate) struct Receiver {
     controls: Vec<Control>,
     headers: Vec<libc::mmsghdr>,
     iovs: Vec<libc::iovec>,
-    received: usize,
+    received: Vec<Received>,
 }
 
 impl Receiver {
@@ -41,14 +41,14 @@ impl Receiver {
             controls: vec![Control([0; CONTROL]); RECEIVE],
             headers: vec![header; RECEIVE],
             iovs: vec![iov; RECEIVE],
-            received: 0,
+            received: Vec::with_capacity(RECEIVE),
         }
     }
 
     /// Receives what there is on one of the sockets, up to a full set of buffers, without
     /// waiting.
     pub(crate) fn receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
-        self.received = 0;
+        self.received.clear();
         self.prepare();
         // SAFETY: each header points to a name, a buffer and a control buffer that live in
         // `self`, of the lengths given, and no two headers share one.
@@ -63,7 +63,9 @@ impl Receiver {
         };
         match Errno::result(count) {
             Ok(count) => {
-                self.received = usize::try_from(count).unwrap_or(0);
+                let filled = self.headers.iter().zip(&self.names);
+                let filled = filled.take(usize::try_from(count).unwrap_or(0));
+                self.received.extend(filled.map(|(header, name)| Received::of(header, name)));
                 Ok(())
             }
             Err(Errno::EAGAIN | Errno::EINTR) => Ok(()),
@@ -73,16 +75,11 @@ impl Receiver {
 
     /// The datagrams of the last receive.
     pub(crate) fn datagrams(&mut self) -> impl Iterator<Item = Datagram<'_>> {
-        let received = self.buffers.chunks_mut(STRIDE).take(self.received);
-        let said = self.headers.iter().zip(&self.names);
-        received.zip(said).flat_map(|(buffer, (header, name))| {
-            let len = usize::try_from(header.msg_len).unwrap_or(0).min(STRIDE);
-            let info = Info::of(&header.msg_hdr);
-            let from = socket_address(name);
-            // The kernel has merged neighbours of one length; an empty one counts as none.
-            let bytes = buffer.get_mut(..len).unwrap_or_default();
-            bytes.chunks_mut(info.segment.unwrap_or(len).max(1)).filter_map(move |bytes| {
-                Some(Datagram { bytes, from: from?, to: info.to, ecn: info.ecn })
+        self.buffers.chunks_mut(STRIDE).zip(&self.received).flat_map(|(buffer, received)| {
+            // An empty datagram counts as none, and so does one from nowhere.
+            let bytes = buffer.get_mut(..received.len).unwrap_or_default();
+            bytes.chunks_mut(received.segment.max(1)).filter_map(|bytes| {
+                received.origin.as_ref().map(|origin| Datagram { bytes, origin })
             })
         })
     }
@@ -122,6 +119,23 @@ fn socket_address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
             Some(SocketAddrV6::new(ip, u16::from_be(name.sin6_port), 0, name.sin6_scope_id).into())
         }
         _ => None,
+    }
+}
+
+/// What a buffer has been filled with: neighbours that the kernel has merged.
+struct Received {
+    len: usize,
+    /// The length of each but the last.
+    segment: usize,
+    origin: Option<Origin>,
+}
+
+impl Received {
+    fn of(header: &libc::mmsghdr, name: &libc::sockaddr_storage) -> Self {
+        let len = usize::try_from(header.msg_len).unwrap_or(0).min(STRIDE);
+        let Info { to, ecn, segment } = Info::of(&header.msg_hdr);
+        let origin = socket_address(name).map(|from| Origin { from, to, ecn });
+        Self { len, segment: segment.unwrap_or(len), origin }
     }
 }
 

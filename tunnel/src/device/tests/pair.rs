@@ -8,7 +8,9 @@ use ipnet::IpNet;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use crate::device::{AllowedIpChange, Datagram, Device, DeviceUpdate, PeerStatus, PeerUpdate};
+use crate::device::{
+    AllowedIpChange, Datagram, Device, DeviceUpdate, Origin, PeerStatus, PeerUpdate,
+};
 use crate::{Batch, Outbox, Source};
 
 pub(super) const MTU: usize = 1420;
@@ -80,13 +82,17 @@ impl Node {
     pub(super) fn open_from(&self, bytes: &[u8], from: SocketAddr) -> (Vec<Vec<u8>>, Vec<Sent>) {
         let to = Some(Source::new(self.address.ip(), 1));
         let bytes = &mut bytes.to_vec();
-        self.open_datagram(Datagram { bytes, from, to, ecn: 0 })
+        let origin = Origin { from, to, ecn: 0 };
+        self.open_datagrams([Datagram { bytes, origin: &origin }])
     }
 
-    pub(super) fn open_datagram(&self, datagram: Datagram<'_>) -> (Vec<Vec<u8>>, Vec<Sent>) {
+    pub(super) fn open_datagrams<'d>(
+        &self,
+        datagrams: impl IntoIterator<Item = Datagram<'d>>,
+    ) -> (Vec<Vec<u8>>, Vec<Sent>) {
         let (mut packets, mut outbox) = (Vec::new(), Outbox::new());
         let mut handshakes = Vec::new();
-        self.device.open([datagram], &mut packets, &mut outbox, |message| handshakes.push(message));
+        self.device.open(datagrams, &mut packets, &mut outbox, |message| handshakes.push(message));
         handshakes.into_iter().for_each(|message| self.device.answer(message, &mut outbox));
         (packets.into_iter().map(<[u8]>::to_vec).collect(), sent(&outbox))
     }

@@ -1,7 +1,7 @@
 use std::time::{Duration, SystemTime};
 
 use super::pair::{MTU, Node, connected, net, packet, pair, passes, run};
-use crate::device::{AllowedIpChange, Datagram, PeerUpdate};
+use crate::device::{AllowedIpChange, Datagram, Origin, PeerUpdate};
 use crate::noise::{DATA_HEADER, OVERHEAD};
 use crate::{Batch, Outbox};
 
@@ -63,8 +63,9 @@ fn padding_is_zero_whatever_was_in_the_buffer_before() {
         a.device.seal(&batch, &mut outbox);
     }
     let mut bytes = outbox.datagrams().next().unwrap().0.to_vec();
-    let datagram = Datagram { bytes: &mut bytes, from: a.address, to: None, ecn: 0 };
-    assert_eq!(b.open_datagram(datagram).0.len(), 1);
+    let origin = Origin { from: a.address, to: None, ecn: 0 };
+    let datagram = Datagram { bytes: &mut bytes, origin: &origin };
+    assert_eq!(b.open_datagrams([datagram]).0.len(), 1);
     assert_eq!(bytes[DATA_HEADER + 20..][..12], [0; 12]);
 }
 
@@ -81,8 +82,8 @@ fn congestion_is_told_from_outside_to_inside_and_back() {
         assert_eq!(to.tos, outside);
         // It meets a queue on the way.
         let bytes = &mut bytes.to_vec();
-        let datagram = Datagram { bytes, from: a.address, to: None, ecn: 3 };
-        let (packets, _) = b.open_datagram(datagram);
+        let origin = Origin { from: a.address, to: None, ecn: 3 };
+        let (packets, _) = b.open_datagrams([Datagram { bytes, origin: &origin }]);
         assert_eq!(packets[0][1], 0xb8 | told);
     }
 }
@@ -106,6 +107,24 @@ fn a_replayed_datagram_is_refused() {
     assert_eq!(b.open_from(&sent[0].bytes, "203.0.113.9:9".parse().unwrap()), (vec![], vec![]));
     assert_eq!(b.peer(&a).received, before.received);
     assert_eq!(b.peer(&a).endpoint, Some(a.address), "a replay does not move the peer");
+}
+
+#[test]
+fn each_of_a_batch_is_judged_by_itself() {
+    let (a, b) = connected();
+    let (mut batch, mut outbox) = (Batch::new(), Outbox::new());
+    let packets: Vec<_> = (0..5).map(|n| packet(a.inside, b.inside, 900 + 50 * n)).collect();
+    packets.iter().for_each(|packet| batch.push(packet));
+    batch.push(&packet(b.inside, b.inside, 1000));
+    a.device.seal(&batch, &mut outbox);
+    let sealed: Vec<_> = outbox.datagrams().map(|(bytes, _)| bytes.to_vec()).collect();
+    let origin = Origin { from: a.address, to: None, ecn: 0 };
+    // One twice, side by side and apart; one damaged; one of a foreign source.
+    let mut received = [0, 0, 1, 2, 1, 5, 3, 4].map(|n| sealed[n].clone());
+    received[3][40] ^= 1;
+    let datagrams = received.iter_mut().map(|bytes| Datagram { bytes, origin: &origin });
+    let (opened, _) = b.open_datagrams(datagrams);
+    assert_eq!(opened, [0, 1, 3, 4].map(|n| packets[n].clone()));
 }
 
 #[test]
