@@ -283,6 +283,23 @@ fn a_partial_checksum_is_completed() {
     }
 }
 
+/// In UDP, 0 says that there is none (RFC 768).
+#[test]
+fn a_cut_udp_packet_whose_sum_is_zero_has_its_other_zero() {
+    let flow = Flow { is_v6: false, is_tcp: false, port: 5 };
+    let says = Says { sequence: 1, identification: 1, flag: 0, timestamp: None };
+    let header = flow.header(28, 100);
+    let mut super_packet = packet(flow, says, &payload(200, 1));
+    let mut zeros = 0;
+    for word in 0..=u16::MAX {
+        super_packet[28..30].copy_from_slice(&word.to_be_bytes());
+        let first = &cut(&header, &super_packet)[0];
+        assert_ne!(first[26..28], [0; 2]);
+        zeros += usize::from(first[26..28] == [0xff; 2]);
+    }
+    assert_eq!(zeros, 1);
+}
+
 /// Makes an IPv4 header's own checksum right.
 fn seal_header(packet: &mut [u8]) {
     let header = etherparse::Ipv4Header::from_slice(packet).unwrap().0;

@@ -42,11 +42,8 @@ impl Stream {
         for _ in 0..10 {
             [a, b, c, d] = quarter_rounds([a, b, c, d]);
             // Diagonals become columns.
-            let ([b0, b1, b2, b3], [c0, c1, c2, c3], [d0, d1, d2, d3]) = (b, c, d);
-            let (b_, c_, d_) = ([b1, b2, b3, b0], [c2, c3, c0, c1], [d3, d0, d1, d2]);
-            [a, b, c, d] = quarter_rounds([a, b_, c_, d_]);
-            let ([b1, b2, b3, b0], [c2, c3, c0, c1], [d3, d0, d1, d2]) = (b, c, d);
-            (b, c, d) = ([b0, b1, b2, b3], [c0, c1, c2, c3], [d0, d1, d2, d3]);
+            [a, b, c, d] = quarter_rounds([a, turned::<1>(b), turned::<2>(c), turned::<3>(d)]);
+            (b, c, d) = (turned::<3>(b), turned::<2>(c), turned::<1>(d));
         }
         let [e, f, g, h] = start;
         transpose([sum(a, e), sum(b, f), sum(c, g), sum(d, h)])
@@ -101,6 +98,13 @@ fn quarter_rounds([mut a, mut b, mut c, mut d]: [Row; 4]) -> [Row; 4] {
     c = sum(c, d);
     b = rotate::<7>(b, c);
     [a, b, c, d]
+}
+
+/// The words of a row that are so many columns further.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn turned<const BY: usize>(row: Row) -> Row {
+    [row[BY % 4], row[(BY + 1) % 4], row[(BY + 2) % 4], row[(BY + 3) % 4]]
 }
 
 #[inline]
