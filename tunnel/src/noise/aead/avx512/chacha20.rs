@@ -12,26 +12,19 @@ type Row = [__m512i; 4];
 
 /// The blocks that two messages of a key take: the first of each, which have the keys of their
 /// tags, then those for the text of the one, then those for the other's.
-pub(super) struct Stream {
-    /// What all blocks begin with: the constant and the key.
-    rows: [[u32; 4]; 3],
+pub(super) struct Stream<'k> {
+    /// Not a copy, which would stay on the stack.
+    key: &'k [u32; 8],
     /// Of each message: the last 64 bits of the nonce.
     counters: [u64; 2],
     /// Blocks for the first text.
     first: u32,
 }
 
-impl Stream {
+impl<'k> Stream<'k> {
     /// Of a key, and of two messages' counters and texts.
-    pub(super) fn new(key: &[u32; 8], counters: [u64; 2], first: &[u8]) -> Self {
-        let [k0, k1, k2, k3, k4, k5, k6, k7] = *key;
-        // "expand 32-byte k"
-        let constant = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
-        Self {
-            rows: [constant, [k0, k1, k2, k3], [k4, k5, k6, k7]],
-            counters,
-            first: first.len().div_ceil(BLOCK) as u32,
-        }
+    pub(super) fn new(key: &'k [u32; 8], counters: [u64; 2], first: &[u8]) -> Self {
+        Self { key, counters, first: first.len().div_ceil(BLOCK) as u32 }
     }
 
     /// The blocks of the pass of this number.
@@ -64,9 +57,15 @@ impl Stream {
             let [one, other] = self.counters.map(|counter| (counter >> shift) as u32);
             _mm512_mask_blend_epi32(is_second, splat(one), splat(other))
         };
-        let [a, b, c] = self.rows;
         let row = |[a, b, c, d]: [u32; 4]| [splat(a), splat(b), splat(c), splat(d)];
-        [row(a), row(b), row(c), [block, splat(0), counter(0), counter(32)]]
+        let [k0, k1, k2, k3, k4, k5, k6, k7] = *self.key;
+        [
+            // "expand 32-byte k"
+            row([0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574]),
+            row([k0, k1, k2, k3]),
+            row([k4, k5, k6, k7]),
+            [block, splat(0), counter(0), counter(32)],
+        ]
     }
 
     /// Encrypts or decrypts both texts, of which the first pass is there.
